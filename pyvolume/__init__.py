@@ -1,0 +1,1 @@
+"""pyvolume: a volume server for SeaweedFS clusters."""

@@ -1,0 +1,1 @@
+"""Request semantics without sockets. Imports storage, _native and the leaves; never server."""

@@ -1,0 +1,1 @@
+"""Network services: HTTP lanes, gRPC, heartbeat, life cycle."""

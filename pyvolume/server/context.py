@@ -1,0 +1,36 @@
+"""What the parts of a running server share. Built by lifecycle, handed to HTTP, gRPC and heartbeat.
+
+Must not import any other module of server (types only, under TYPE_CHECKING).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvolume.config import ServerConfig
+    from pyvolume.security_config import SecurityConfig
+    from pyvolume.server.heartbeat import Heartbeat
+    from pyvolume.server.master_client import MasterClient
+    from pyvolume.storage.store import Store
+
+
+@dataclass
+class ServerContext:
+    """One server process. Fields are set once at start; only `stopping` changes afterwards."""
+
+    config: ServerConfig
+    security: SecurityConfig
+    store: Store
+    master: MasterClient
+    heartbeat: Heartbeat | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+    started_at_s: float = field(default_factory=time.time)
+
+    @property
+    def healthy(self) -> bool:
+        """What /healthz answers: false once the server is stopping or its heartbeat was stopped for good."""
+        return not self.stopping.is_set() and (self.heartbeat is None or self.heartbeat.alive)

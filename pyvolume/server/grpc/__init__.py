@@ -1,0 +1,1 @@
+"""The gRPC service, one module for each family of calls."""
