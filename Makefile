@@ -1,0 +1,106 @@
+# Each target is what CI runs. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := all
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+BUILT  := $(VENV)/.built
+JOBS   ?= 2
+
+# make run
+PORT        ?= 8080
+MASTER_PORT ?= 9333
+DIR         ?= run/data
+
+# make fuzz: seconds for each target
+FUZZ_S ?= 60
+
+C_SOURCES  := $(wildcard csrc/*.c csrc/*.h)
+PY_SOURCES := $(shell find pyvolume proto -name '*.py' -not -path 'pyvolume/pb/*' 2>/dev/null)
+
+.PHONY: all help system-packages venv build run test test-py test-c compat lint fmt asan tsan fuzz bench docs man wheel clean distclean
+
+all: build lint test ## build, lint and test
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+system-packages: ## install the system packages that are missing, or say which
+	@tools/dev/system-packages
+
+$(STAMP): requirements.lock
+	@$(MAKE) --no-print-directory system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pyvolume needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+venv: $(STAMP) ## the virtual environment with what the lock file names
+
+$(BUILT): $(STAMP) $(C_SOURCES) build_ffi.py setup.py pyproject.toml $(wildcard proto/*)
+	$(BIN)/python proto/generate.py
+	$(BIN)/python build_ffi.py
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+build: $(BUILT) ## compile the engine, generate the protocol modules, install in development mode
+
+run: build ## development master and one server, a sample upload and read, then serve until Ctrl-C
+	@exec $(BIN)/python tools/dev/run.py --port $(PORT) --master-port $(MASTER_PORT) --dir $(DIR)
+
+test: build test-c lint test-py compat asan-quick ## everything CI runs
+
+test-py: build ## the Python tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+
+test-c: system-packages ## C unit tests and the committed fuzz corpora
+	$(MAKE) -s -C csrc test
+
+compat: build ## replay what a Go server answered, and open the volumes it made
+	$(BIN)/python -m tools.compat --known-gaps tools/compat/known-gaps.txt
+
+lint: build ## ruff, mypy, import layers, clang-format, strict C warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/test/*.[ch] csrc/fuzz/*.[ch])
+
+fmt: venv ## format Python and C
+	$(BIN)/ruff check --fix . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.[ch] csrc/test/*.[ch] csrc/fuzz/*.[ch])
+
+asan: system-packages ## C tests under AddressSanitizer and UBSan
+	$(MAKE) -s -C csrc asan
+
+.PHONY: asan-quick
+asan-quick: asan
+
+tsan: system-packages ## C stress tests under ThreadSanitizer
+	$(MAKE) -s -C csrc tsan
+
+fuzz: system-packages ## libFuzzer targets, FUZZ_S seconds each (needs clang)
+	$(MAKE) -s -C csrc fuzz FUZZ_S=$(FUZZ_S)
+
+bench: build ## benchmark tables; WEED_BIN and WEED_VOLUME_RUST add the references, measured in turns
+	$(BIN)/python -m tools.bench
+
+docs: build ## check that the documents name every flag and RPC
+	$(BIN)/python -m pytest -q tests/unit/test_docs.py
+
+man: build ## pyvolume.1 from the flag table
+	@mkdir -p build
+	$(BIN)/argparse-manpage --pyfile pyvolume/cli.py --function manpage_parser --project-name pyvolume --output build/pyvolume.1
+
+wheel: build ## a wheel in dist/
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean: ## remove what was built
+	rm -rf build dist pyvolume/pb pyvolume/_pv.* csrc/build *.egg-info $(BUILT)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environment
+	rm -rf $(VENV)
