@@ -1,7 +1,7 @@
 """The exceptions of pyvolume: one class per thing a caller can do about it.
 
-A leaf: must not import any other module of the package. `str(e)` is always the text a client may see, in the words of the
-upstream server, so HTTP and gRPC map classes to codes and copy the text. Details for logs (path, offset, errno) are
+A leaf: must not import any other module of the package. `str(e)` is always the text a client may see, in the words of
+the upstream server, so HTTP and gRPC map classes to codes and copy the text. Details for logs (path, offset, errno) are
 attributes. Codes of the C engine become exceptions in exactly one place, `from_native`; nobody else inspects them.
 """
 
@@ -285,8 +285,8 @@ def from_native(
         case NativeCode.ECORRUPT:
             error = CorruptNeedle(f"index out of range {a}: needle data corrupted", path=path)
         case NativeCode.EMETA:
-            where = _signed(d)
-            text = f"invalid needle meta size {_signed(a)}: DataSize={b & 0xFFFFFFFF}, size={_size32(c)}, offset={where}"
+            where, data_size = _signed(d), b & 0xFFFFFFFF
+            text = f"invalid needle meta size {_signed(a)}: DataSize={data_size}, size={_size32(c)}, offset={where}"
             error = CorruptNeedle(text, path=path, offset=where)
         case NativeCode.EID:
             error = CorruptNeedle(f"index key {b:x} does not match needle's Id {a:x}", path=path, offset=c)
@@ -317,7 +317,7 @@ def from_native(
 
 
 def _size_mismatch_text(offset: int, found_id: int, found_size: int, expected_size: int, offset_width: int) -> str:
-    """Upstream is terse in a 4-byte build below 32 GiB; it prints the id as the hex of its hex text (`%x` of a Stringer)."""
+    """Upstream is terse in a 4-byte build below 32 GiB; it prints the id as the hex of its hex text."""
     if offset_width == 4 and offset < 1 << 35:
         return "size mismatch"
     double_hex = f"{found_id:x}".encode().hex()
