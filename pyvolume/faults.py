@@ -5,9 +5,9 @@ when the module is first imported; then `fault("name")` costs one dictionary loo
 
     PYVOLUME_FAILPOINTS="load.volume=error:EIO; stop.flush=sleep:200@2; compact.commit=exit; write.append=count"
 
-Points are separated by `;` or `,`. A mode is `error:<errno name or number>`, `exit[:<status>]`, `sleep:<ms>` or `count`.
-`@N` restricts it to the Nth call, `@N+` to the Nth and all later calls; without it every call is hit. A test that
-walks "fail the Nth call" raises N until `hits(name) < N`, which means the run got through.
+Points are separated by `;` or `,`. A mode is `error:<errno name or number>`, `exit[:<status>]`, `sleep:<ms>` or
+`count`. `@N` restricts it to the Nth call, `@N+` to the Nth and all later calls; without it every call is hit. A test
+that walks "fail the Nth call" raises N until `hits(name) < N`, which means the run got through.
 """
 
 from __future__ import annotations
