@@ -197,7 +197,7 @@ PV_API int pv_map_new(uint8_t width, pv_map **out) PV_WUR;
 PV_API void pv_map_free(pv_map *m);
 /* Found: 0 and *offset (bytes), *size (maybe negative). Else PV_ENOTFOUND. Takes the map lock shared. */
 PV_API int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
-/* Sets a key and counts. *old_offset/*old_size: what was there (old_size 0 and old_offset 0 if nothing). */
+/* Sets a key and counts. *old_offset, *old_size: what was there (old_size 0 and old_offset 0 if nothing). */
 PV_API int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, uint64_t *old_offset, int32_t *old_size) PV_WUR;
 /* Negates the size of a key (0 becomes -1) and counts. *old_size: size before; PV_ENOTFOUND if the key is unknown. */
 PV_API int pv_map_delete(pv_map *m, uint64_t key, int32_t *old_size) PV_WUR;
