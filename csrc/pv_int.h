@@ -206,12 +206,12 @@ enum pv__io_op {
 
 typedef struct pv__io_event {
     enum pv__io_op op;
-    int fd;                  /* -1 where there is none */
-    int iov_count;           /* PWRITE: pieces still to be written */
+    int fd;        /* -1 where there is none */
+    int iov_count; /* PWRITE: pieces still to be written */
     const struct iovec *iov;
-    const char *path;        /* OPEN, RENAME (from), UNLINK, SYNC_DIR */
-    const char *path2;       /* RENAME (to) */
-    uint64_t offset;         /* PREAD, PWRITE; the new size with TRUNCATE */
+    const char *path;  /* OPEN, RENAME (from), UNLINK, SYNC_DIR */
+    const char *path2; /* RENAME (to) */
+    uint64_t offset;   /* PREAD, PWRITE; the new size with TRUNCATE */
 } pv__io_event;
 
 typedef int (*pv__io_hook)(void *ctx, const pv__io_event *ev, size_t *len);
