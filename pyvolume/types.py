@@ -1,7 +1,7 @@
 """Values that every layer speaks of: time to live, replica placement, file ids, disk types.
 
 A leaf: must not import storage, ops, server or cli. Parsing and printing follow upstream to the letter, quirks included
-(`volume_ttl.go`, `file_id.go`, `volume_id.go` in `weed/storage/needle`, `weed/storage/super_block/replica_placement.go`);
+(`volume_ttl.go`, `file_id.go`, `volume_id.go` of `weed/storage/needle`; `super_block/replica_placement.go`);
 malformed text raises ValueError with the text upstream gives its clients. Nothing here blocks or takes a lock.
 """
 
