@@ -78,11 +78,24 @@ def start(module: str, args: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def assign(master: str) -> dict[str, str]:
+    """Asks for a file id until the server has registered with the master."""
+    end = time.monotonic() + START_LIMIT_S
+    assigned: dict[str, str] = {}
+    while time.monotonic() < end:
+        try:
+            assigned = json.loads(get(f"http://{master}/dir/assign"))
+        except urllib.error.HTTPError as e:
+            assigned = json.loads(e.read() or b"{}")
+        if "fid" in assigned:
+            return assigned
+        time.sleep(0.2)
+    sys.exit(f"The master assigned no file id: {assigned}")
+
+
 def show(master: str) -> None:
     """Assigns an id, uploads the sample, reads it back, prints what to try."""
-    assigned = json.loads(get(f"http://{master}/dir/assign"))
-    if "fid" not in assigned:
-        sys.exit(f"The master assigned no file id: {assigned}")
+    assigned = assign(master)
     url = f"http://{assigned['url']}/{assigned['fid']}"
     request = urllib.request.Request(url, data=SAMPLE, method="PUT", headers={"Content-Type": "text/plain"})
     with urllib.request.urlopen(request, timeout=10) as r:
