@@ -174,12 +174,10 @@ class Bench:
         make_volume(golden, n)
         self.say(f"\n## Start with one volume of {n:,} needles\n")
         self.say("Time from exec until the last needle is read; page cache warm. Memory is resident MiB.\n")
-        self.say(
-            "| server | start s | idle without volumes MiB | with the volume MiB | peak MiB | bytes/needle | start, ratio |"
-        )
+        self.say("| server | start s | empty MiB | loaded MiB | peak MiB | bytes/needle | ratio |")
         self.say("|---|--:|--:|--:|--:|--:|--:|")
         rows: dict[str, list[tuple[float, float, float, float]]] = {}
-        for turn in range(self.args.rounds):
+        for _turn in range(self.args.rounds):
             for t in self.volume_targets():
                 empty = self.base / "empty"
                 shutil.rmtree(empty, ignore_errors=True)
