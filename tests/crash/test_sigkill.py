@@ -1,8 +1,8 @@
 """Acknowledged writes and deletes survive SIGKILL.
 
-Sixteen clients write, overwrite and delete through HTTP, each on keys of its own, until the server is killed at a random
-moment; after a restart every key must be in the state that was acknowledged last, or in that of the one request which was
-on its way. Repeated until 100,000 needles were acknowledged.
+Sixteen clients write, overwrite and delete through HTTP, each on keys of its own, until the server is killed at a
+random moment; after a restart every key must be in the state that was acknowledged last, or in that of the one request
+which was on its way. Repeated until 100,000 writes and deletes were acknowledged.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Client:
         live = self.rng.random() < 0.4 and self.known
         key = self.rng.choice(list(self.known)) if live else (self.number << 24) + len(self.known) + 1
         before = self.known.get(key)
-        version: int | None = (before or 0) + 1
+        version: int | None = self.acknowledged + 1  # never the content of an earlier version
         if before is not None and self.rng.random() < 0.4:
             version = None
         self.doubtful = (key, version)
@@ -104,8 +104,6 @@ class Client:
         else:
             pytest.fail(f"{fid(key)} should be in one of {allowed}, but is {status} {data[:40]!r}")
         self.known[key] = version
-        if version is None and key not in self.known:
-            del self.known[key]
 
 
 def fid(key: int) -> str:
@@ -144,5 +142,3 @@ def test_every_acknowledged_state_survives_sigkill(tmp_path: Path) -> None:
                 c.check(bed.port)
                 c.doubtful = None
         assert kills >= 2
-        status = bed.server
-        assert status is not None and status.alive
