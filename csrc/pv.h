@@ -231,6 +231,7 @@ typedef struct pv_vol_opts {
     uint8_t reserved;
     uint64_t preallocate_bytes; /* with PV_VOL_CREATE: fallocate(KEEP_SIZE) */
     uint64_t max_volume_bytes;  /* 0: 32 GiB for width 4, 8 TiB for width 5 */
+    uint64_t last_append_at_ns; /* what pv_vol_check_tail found; 0: taken from the last index row's record, if readable */
     pv_superblock superblock;   /* with PV_VOL_CREATE */
 } pv_vol_opts;
 
@@ -259,19 +260,27 @@ typedef struct pv_vol_stats {
 } pv_vol_stats;
 
 /* Opens (or creates) a volume: opens both files, reads the super block, loads the map. Checks nothing else (callers use
- * pv_idx_summarize and pv_vol_check_tail first). Gives a handle with one reference; drop it with pv_vol_unref.
- * Errors: PV_ESYS (err->d: 0 = .dat, 1 = .idx), PV_EEOF (short super block), PV_EVERSION, PV_ENOMEM, PV_EINVAL. */
+ * pv_idx_summarize and pv_vol_check_tail first). A missing .idx is created unless PV_VOL_IDX_READONLY. With
+ * PV_VOL_CREATE the names are made durable; on failure what was created stays for the caller to remove.
+ * Gives a handle with one reference; drop it with pv_vol_unref.
+ * Errors: PV_ESYS (err->d: 0 = .dat, 1 = .idx), PV_EEOF (short super block), PV_EVERSION, PV_EALIGN (ragged .idx),
+ * PV_ENOMEM, PV_EINVAL. */
 PV_API int pv_vol_open(const pv_vol_opts *opts, pv_vol **out, pv_errinfo *err) PV_WUR;
 PV_API pv_vol *pv_vol_ref(pv_vol *v);
 PV_API void pv_vol_unref(pv_vol *v); /* the last one closes and frees */
 /* Marks the handle closed, waits for running operations to end, syncs .idx then .dat unless they are read-only, closes
- * the files. Later calls answer PV_ECLOSED. Idempotent. */
+ * the files. Later calls answer PV_ECLOSED. Idempotent: a second call waits for the first and returns 0. The handle is
+ * closed also when a sync failed (PV_ESYS, err->d: 0 = .dat, 1 = .idx). */
 PV_API int pv_vol_close(pv_vol *v, pv_errinfo *err) PV_WUR;
+/* Never waits for an append or a flush. Answers for a closed handle too, with the last figures and closed = 1. The
+ * figures that come from the map are 0 with PV_VOL_NO_MAP. */
 PV_API int pv_vol_stat(pv_vol *v, pv_vol_stats *out) PV_WUR;
 PV_API void pv_vol_superblock(pv_vol *v, pv_superblock *out);
-/* Switches writes and deletes off or on; waits for an append that is under way. */
+/* Switches writes and deletes off or on; waits for appends and flushes that are under way. Switching on answers
+ * PV_EREADONLY for files opened read-only, and PV_ESYS while bytes of a failed append cannot be cut off. */
 PV_API int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) PV_WUR;
-PV_API int pv_vol_sync(pv_vol *v, pv_errinfo *err) PV_WUR; /* fdatasync .dat and .idx */
+/* fdatasync of .dat, then .idx (err->d: 0 = .dat, 1 = .idx). Takes waiting fsync writes along. */
+PV_API int pv_vol_sync(pv_vol *v, pv_errinfo *err) PV_WUR;
 
 typedef struct pv_entry {
     uint64_t offset;  /* bytes; 0 = none */
@@ -280,6 +289,9 @@ typedef struct pv_entry {
 } pv_entry;
 /* Looks a key up. PV_ENOTFOUND, PV_ECLOSED; with PV_VOL_NO_MAP PV_EINVAL. */
 PV_API int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) PV_WUR;
+/* Copies up to max map entries with key >= from in ascending order (deleted ones included, with negative sizes); returns
+ * the count. PV_ECLOSED; with PV_VOL_NO_MAP PV_EINVAL. */
+PV_API int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;
 
 enum pv_read_flag {
     PV_READ_DELETED = 1,    /* readDeleted: serve a deleted needle whose old size is known */
@@ -302,7 +314,8 @@ typedef struct pv_read {
 
 /* Reads one needle (contract storage.md 13): lookup, positional read, parse, CRC, one retry at +32 GiB for width 4.
  * The cookie and the ttl are the caller's business. Errors: PV_ENOTFOUND, PV_EDELETED, PV_ESIZE, PV_ECORRUPT, PV_ECRC,
- * PV_EEOF, PV_ESYS, PV_ECLOSED, PV_EMETA. On error nothing is given. */
+ * PV_EEOF, PV_ESYS, PV_ECLOSED, PV_EMETA, PV_ENOMEM, PV_ESTALE (PV_READ_ENTRY with another revision). On error nothing
+ * is given. A version 1 needle has no metadata to read apart: it is always read whole. */
 PV_API int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, pv_read *out, pv_errinfo *err) PV_WUR;
 PV_API void pv_read_free(pv_read *r);
 /* Reads len bytes of .dat at a byte offset into buf, if the volume still has that compaction revision (else PV_ESTALE).
@@ -312,7 +325,8 @@ PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, ui
 enum pv_write_flag {
     PV_WRITE_CHECK_COOKIE = 1, /* refuse another cookie; without it cookie 0 adopts the stored one */
     PV_WRITE_FSYNC = 2,        /* data on disk before the entry is published and the call returns (group commit) */
-    PV_WRITE_ENTRY = 4         /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none) */
+    PV_WRITE_ENTRY = 4         /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none). Without it the key
+                                  counts as absent. Calls for one key must be serialised by the owner of the map. */
 };
 
 typedef struct pv_write_res {
@@ -328,8 +342,14 @@ typedef struct pv_write_res {
 /* Appends one needle (contract storage.md 14): unchanged test, cookie test against the stored header, append time
  * max(now, last + 1), record, index row, map entry, in this order, under the append mutex. Borrows n and its buffers;
  * n->checksum is computed here. n->append_at_ns and n->size are ignored. A failed append is truncated back; the volume
- * stays writable. Errors: PV_EREADONLY, PV_ECLOSED, PV_ECOOKIE, PV_EFULL, PV_ESYS, PV_EEOF/PV_ESIZE/PV_ECRC/...
- * with err->d = 1 when they come from reading the existing needle. */
+ * stays writable. Errors: PV_EREADONLY, PV_ECLOSED, PV_ECOOKIE, PV_ENOMEM, PV_EINVAL, PV_ESTALE (*known has another
+ * revision), and
+ *   PV_EFULL   a = append offset, b = limit; with PV_WRITE_FSYNC also d = 1: a = sum of all sizes written, b = limit
+ *              (upstream has another text for it)
+ *   PV_EEOF    d = 1: the existing needle's header could not be read whole
+ *   PV_ESYS    d = bits: 1 reading the existing needle, 2 the index row (else the record), 4 the flush, 8 the roll back
+ *              failed too and the handle has switched itself read-only (pv_vol_set_readonly tries again)
+ * On failure out->size and out->offset tell the record that was tried, as far as that was known. */
 PV_API int pv_vol_write(pv_vol *v, const pv_needle *n, uint32_t flags, const pv_entry *known, pv_write_res *out,
                         pv_errinfo *err) PV_WUR;
 /* Appends a tombstone for a live key (size >= 0): record with Size 0, cookie and checksum as given, then the row
@@ -337,12 +357,18 @@ PV_API int pv_vol_write(pv_vol *v, const pv_needle *n, uint32_t flags, const pv_
  * error: returns 0 with *deleted_size = -1 and nothing written. */
 PV_API int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, uint32_t flags, const pv_entry *known,
                          int32_t *deleted_size, pv_write_res *out, pv_errinfo *err) PV_WUR;
-/* Appends a ready record (WriteNeedleBlob, tail): blob as it is, a version 3 append time patched in; the map key is id,
- * not the blob's. Unchanged test as in storage.md 14. PV_ESIZE (a=len<16?0:1), PV_EBUFFER (v3 blob too small). */
-PV_API int pv_vol_write_blob(pv_vol *v, uint64_t id, int32_t size, uint8_t *blob, size_t len, pv_write_res *out,
-                             pv_errinfo *err) PV_WUR;
+/* Appends a ready record (WriteNeedleBlob, tail): the blob as it is, but with a new append time in version 3; the map key
+ * is id, not the blob's. What is behind the record's length is cut off, missing padding is made up with zeros, so that
+ * the next record stays aligned. Unchanged test as in storage.md 14; flags: PV_WRITE_FSYNC, PV_WRITE_ENTRY with *known.
+ * Errors as pv_vol_write without the cookie, and
+ *   PV_ESIZE   a = 0: blob shorter than a header, b = len; a = 1: c = Size in the blob's header, d = size; a = 2: d = size
+ *              is negative
+ *   PV_EFULL   always with d = 1, as with PV_WRITE_FSYNC
+ *   PV_EBUFFER the blob ends before its record's checksum and time: a = needed, b = given bytes */
+PV_API int pv_vol_write_blob(pv_vol *v, uint64_t id, int32_t size, const uint8_t *blob, size_t len, uint32_t flags,
+                             const pv_entry *known, pv_write_res *out, pv_errinfo *err) PV_WUR;
 
-/* ------------------------------------------------------------------ scanning .dat (pv_vol.c) */
+/* ------------------------------------------------------------------ scanning .dat (pv_scan.c) */
 
 typedef struct pv_scan_rec {
     uint64_t offset;
@@ -361,8 +387,17 @@ typedef struct pv_scan_rec {
     uint8_t reserved;
 } pv_scan_rec;
 
-/* Reads records of a data file from *offset on, up to max records or end_offset; advances *offset. Returns the count, 0 at
- * a clean end. PV_EEOF: a record is cut off at *offset. Bodies are read and checked only with check_body. fd is borrowed. */
+/* Reads records of a data file from *offset on, up to max records or end_offset (or the end of the file, if that comes
+ * first); advances *offset to where the next call goes on. Returns the count, 0 at a clean end: less than a header is
+ * left (*offset tells where). A record that lacks nothing but padding counts as whole, *offset is then behind the end.
+ * Header fields are always set; what stands in the body (append time, flags, ttl, data size, checksum) only with
+ * check_body, which reads and checks it: status is that record's result. A zero-filled region gives records of id 0,
+ * cookie 0, size 0. Memory is bounded whatever the sizes in the file say. fd is borrowed. Errors, given only when no
+ * record comes before them:
+ *   PV_EEOF     the record at *offset is cut off: a = *offset, b = its length, c = bytes left
+ *   PV_ECORRUPT a = 0: the header at *offset has a negative Size from which no next record can be found: b = *offset,
+ *               c = Size
+ *   PV_ESYS, PV_ENOMEM, PV_EVERSION, PV_EINVAL (max 0 or above INT32_MAX) */
 PV_API int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body, pv_scan_rec *recs,
                        size_t max, pv_errinfo *err) PV_WUR;
 
