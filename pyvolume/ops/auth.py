@@ -1,0 +1,142 @@
+"""Who may do what: white list and JWT of the HTTP ports (contract http.md 5.1, 5.2).
+
+Pure decisions on values; no sockets, no responses. Must not import server or storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jwt
+from jwt.algorithms import HMACAlgorithm
+
+_ALGORITHMS = ("HS256", "HS384", "HS512")
+_BEARER_PREFIX_LENGTH = 7  # "Bearer" and the character after it, whatever that is
+
+
+class SecuritySettings(Protocol):
+    """What this module reads of SecurityConfig; a reload replaces the values, never edits them."""
+
+    @property
+    def jwt_write_key(self) -> bytes: ...
+    @property
+    def jwt_read_key(self) -> bytes: ...
+    @property
+    def white_list(self) -> tuple[str, ...]: ...
+
+
+class _Hmac(HMACAlgorithm):
+    """HMAC without PyJWT's advice on key length: operators choose the key, masters and filers must agree on it."""
+
+    def check_key_length(self, key: bytes) -> str | None:
+        return None
+
+
+def _verifier() -> jwt.PyJWS:
+    jws = jwt.PyJWS(algorithms=_ALGORITHMS)
+    for name, digest in zip(_ALGORITHMS, (hashlib.sha256, hashlib.sha384, hashlib.sha512), strict=True):
+        jws.unregister_algorithm(name)
+        jws.register_algorithm(name, _Hmac(digest))
+    return jws
+
+
+class _Tokens(jwt.PyJWT):
+    """PyJWT with the registered claims checked that upstream checks: exp and nbf if present, no leeway."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "verify_exp": True,
+                "verify_nbf": True,
+                "verify_iat": False,
+                "verify_aud": False,
+                "verify_iss": False,
+                "verify_sub": False,
+                "verify_jti": False,
+            }
+        )
+        self._jws = _verifier()
+
+
+_TOKENS = _Tokens()
+
+
+def bearer_token(query_token: str, authorization: str, cookie_token: Callable[[], str]) -> str:
+    """The token of a request: query `jwt`, else a bearer Authorization header, else the cookie `AT`; "" if none."""
+    if query_token:
+        return query_token
+    if len(authorization) > _BEARER_PREFIX_LENGTH and authorization[:6].upper() == "BEARER":
+        return authorization[_BEARER_PREFIX_LENGTH:]
+    return cookie_token()
+
+
+def token_allows(key: bytes, token: str, vid: str, fid: str) -> bool:
+    """True if `token` is signed with `key`, valid now, and names exactly this file (texts as in the URL).
+
+    Everything after the last `_` of fid (if not at its start) is left out of the comparison, as upstream does.
+    """
+    if not token:
+        return False
+    cut = fid.rfind("_")
+    if cut > 0:
+        fid = fid[:cut]
+    try:
+        claims: dict[str, Any] = _TOKENS.decode(token, key, algorithms=list(_ALGORITHMS))
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
+        return False
+    return claims.get("fid") == f"{vid},{fid}"
+
+
+@dataclass(frozen=True)
+class _Listed:
+    texts: frozenset[str]
+    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+def compile_white_list(entries: tuple[str, ...]) -> _Listed:
+    """Splits entries into exact texts and networks. Bad networks are the configuration's business: skipped here."""
+    texts: set[str] = set()
+    networks = []
+    for entry in entries:
+        if "/" not in entry:
+            texts.add(entry)
+            continue
+        try:
+            networks.append(ipaddress.ip_network(entry, strict=False))
+        except ValueError:
+            continue
+    return _Listed(frozenset(texts), tuple(networks))
+
+
+class Guard:
+    """The white list of one server, compiled once per value of the settings."""
+
+    def __init__(self, settings: Callable[[], SecuritySettings]) -> None:
+        self._settings = settings
+        self._source: tuple[str, ...] = ()
+        self._listed = compile_white_list(())
+
+    def allows(self, peer_ip: str) -> bool:
+        """True if the peer may write. An empty list admits everyone; peer_ip is the TCP peer, never a header."""
+        entries = self._settings().white_list
+        if not entries:
+            return True
+        if entries is not self._source:
+            self._listed = compile_white_list(entries)
+            self._source = entries
+        listed = self._listed
+        if peer_ip.startswith("::ffff:"):
+            peer_ip = peer_ip[7:]
+        if peer_ip in listed.texts:
+            return True
+        if not listed.networks:
+            return False
+        try:
+            address = ipaddress.ip_address(peer_ip)
+        except ValueError:
+            return False
+        return any(address in network for network in listed.networks)
