@@ -426,7 +426,305 @@ PV_API pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) PV_WUR;
 PV_API int pv_reg_count(pv_reg *r);
 
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
-/* BEGIN pv_http (declared by the HTTP part; pure functions, no I/O, no allocation unless said) */
+/* BEGIN pv_http
+ *
+ * What a needle's HTTP exchange means, for every lane: pure functions on bytes, no I/O, no allocation (but for pv_mime),
+ * no state. Any thread may call them at any time. Section numbers are those of contract/http.md.
+ *
+ * Rendering functions (result size_t) return the length of the whole text and write it only if it fits into cap bytes;
+ * no NUL is added. A result above cap means: nothing useful was written, give more room.
+ * Header values given to these functions are the first value of that name, without blanks around it; an absent header
+ * is an empty text.
+ */
+
+/* Bytes that belong to someone else. p may be NULL when n is 0. */
+typedef struct pv_text {
+    const char *p;
+    size_t n;
+} pv_text;
+
+/* -- file ids in paths (4) */
+
+enum pv_url_kind {
+    PV_URL_NEEDLE = 0,   /* vid and fid were cut out (whether they are numbers is for pv_vid_parse, pv_fid_parse) */
+    PV_URL_VID_ONLY = 1, /* no fid: the whole last segment is in vid */
+    PV_URL_BAD = 2       /* upstream dies or computes garbage here (departure A2): answer 400; vid is set to a text that
+                            pv_vid_parse refuses, so a caller that goes on with it gets an error text, too */
+};
+
+typedef struct pv_url {
+    int32_t kind;    /* enum pv_url_kind */
+    int32_t unclean; /* 1: the path holds an empty, "." or ".." element, for which a GET etc. is answered 307 (2) */
+    pv_text path;    /* percent-decoded */
+    pv_text vid;
+    pv_text fid;       /* with its _delta */
+    pv_text filename;  /* only of /vid/fid/filename */
+    pv_text ext;       /* with its dot, or empty */
+    pv_text claim_fid; /* fid cut at its last '_' (not at index 0): what a token's claim is compared with (5.2) */
+} pv_url;
+
+/* Takes a request path as sent (percent-encoded, without query) apart. Borrows raw and buf; the texts of out point into
+ * raw when it holds no '%', else into buf. Errors: PV_EPARSE (bad escape: b = its position), PV_EBUFFER (cap < raw_len). */
+PV_API int pv_url_parse(const char *raw, size_t raw_len, char *buf, size_t cap, pv_url *out, pv_errinfo *err) PV_WUR;
+/* The fid as POST and PUT see it: behind the last comma up to the last dot behind that (no comma: the whole path).
+ * path is decoded; *fid points into it. */
+PV_API void pv_url_write_fid(const char *path, size_t n, pv_text *fid);
+
+enum pv_id_code {
+    PV_ID_OK = 0,
+    PV_ID_VID_SYNTAX = 1,
+    PV_ID_VID_RANGE = 2, /* above 32 bits (departure A3) */
+    PV_ID_FID_INVALID = 3,
+    PV_ID_SHORT = 4,
+    PV_ID_LONG = 5,
+    PV_ID_KEY = 6,
+    PV_ID_COOKIE = 7,
+    PV_ID_DELTA_SYNTAX = 8,
+    PV_ID_DELTA_RANGE = 9,
+    PV_ID_DELTA_OVERFLOW = 10
+};
+
+typedef struct pv_id_error {
+    int32_t code; /* enum pv_id_code */
+    int32_t reserved;
+    pv_text text; /* the offending text, borrowed from the input */
+    uint64_t key;
+    uint64_t delta;
+} pv_id_error;
+
+/* 0, or PV_EPARSE with *e filled (e may be NULL). */
+PV_API int pv_vid_parse(const char *p, size_t n, uint32_t *vid, pv_id_error *e) PV_WUR;
+PV_API int pv_fid_parse(const char *p, size_t n, uint64_t *key, uint32_t *cookie, pv_id_error *e) PV_WUR;
+/* Upstream's text for a refused id, as it stands in {"error":...} before JSON escaping; raw bytes of the input included. */
+PV_API size_t pv_fid_error_text(const pv_id_error *e, char *buf, size_t cap);
+
+/* -- ranges (6.8) */
+
+typedef struct pv_range {
+    uint64_t start;
+    uint64_t length;
+} pv_range;
+
+enum pv_range_kind {
+    PV_RANGE_NONE = 0, /* no Range header */
+    PV_RANGE_SINGLE = 1,
+    PV_RANGE_MULTI = 2,
+    PV_RANGE_INVALID = 3, /* 416 */
+    PV_RANGE_EMPTY = 4    /* 200 with an empty body: no range in it, or more bytes asked for than there are */
+};
+
+/* Returns the kind. *count: how many ranges there are (0 unless SINGLE or MULTI); the first max of them are stored. */
+PV_API int pv_range_parse(const char *p, size_t n, uint64_t total, pv_range *ranges, size_t max, size_t *count) PV_WUR;
+/* "bytes 0-4/11"; an empty range at 0 of nothing is "bytes 0--1/0". */
+PV_API size_t pv_content_range(const pv_range *r, uint64_t total, char *buf, size_t cap);
+
+/* -- dates, entity tags, conditions (6.3) */
+
+/* "Mon, 02 Jan 2006 15:04:05 GMT" (29 bytes, more after the year 9999). */
+PV_API size_t pv_http_date(int64_t unix_s, char *buf, size_t cap);
+/* Only that form, with the leeway Go's parser gives it (any weekday name, letter case, fractions). 0 or PV_EPARSE. */
+PV_API int pv_http_date_parse(const char *p, size_t n, int64_t *unix_s) PV_WUR;
+/* Ten bytes: quote, 8 lower-case hex digits, quote. */
+PV_API size_t pv_etag(uint32_t checksum, char *buf, size_t cap);
+/* 1: answer 304; 0: go on. last_modified_s 0 = none. */
+PV_API int pv_cond_eval(pv_text if_modified_since, pv_text if_none_match, uint64_t last_modified_s,
+                        uint32_t checksum) PV_WUR;
+
+/* -- media types (13) */
+
+/* `inline; filename=a.json`, quoted or encoded as 13.1 says. */
+PV_API size_t pv_content_disposition(int attachment, const char *name, size_t n, char *buf, size_t cap);
+/* Type by content of the first 512 bytes (13.2); never NULL, static storage. */
+PV_API const char *pv_sniff(const uint8_t *data, size_t len);
+
+/* Types by extension (13.3). Built once, then only read: pv_mime_new has Go's built-in types; the caller adds those of
+ * the system's files; pv_mime_seal puts the upstream binary's own list on top. Then any number of threads may look up. */
+typedef struct pv_mime pv_mime;
+/* Gives a table; free with pv_mime_free. PV_ENOMEM. */
+PV_API int pv_mime_new(pv_mime **out) PV_WUR;
+PV_API void pv_mime_free(pv_mime *m);
+/* ext with its dot. only_new: not if this very extension is known (globs2), else it replaces (mime.types). A type that
+ * is none is ignored as Go does. 1 added, 0 ignored, PV_ENOMEM, PV_EINVAL (sealed). */
+PV_API int pv_mime_add(pv_mime *m, const char *ext, size_t ext_len, const char *type, size_t type_len,
+                       int only_new) PV_WUR;
+PV_API int pv_mime_seal(pv_mime *m) PV_WUR; /* 0, PV_ENOMEM */
+/* As written, then in lower case. 1 and *type (lives as long as m), or 0 and an empty text. m must be sealed. */
+PV_API int pv_mime_lookup(const pv_mime *m, const char *ext, size_t ext_len, pv_text *type);
+/* Extension of a name: from the last dot of its last element, dot included; empty if none. */
+PV_API void pv_name_ext(const char *name, size_t n, pv_text *ext);
+
+/* -- answer to GET and HEAD (6.3-6.8) */
+
+/* The response-* query parameters, in the order of pv_get_req.overrides. */
+enum pv_override {
+    PV_OVR_CACHE_CONTROL = 0,
+    PV_OVR_CONTENT_DISPOSITION = 1,
+    PV_OVR_CONTENT_ENCODING = 2,
+    PV_OVR_CONTENT_LANGUAGE = 3,
+    PV_OVR_CONTENT_TYPE = 4,
+    PV_OVR_EXPIRES = 5
+};
+
+enum pv_get_flag {
+    PV_GET_HEAD = 1,
+    PV_GET_ATTACHMENT = 2, /* dl=true */
+    PV_GET_CHUNKED = 4 /* a chunk manifest that is expanded: the needle's name, mime and data_len are the manifest's,
+                              stored compression plays no part, X-File-Store is sent (6.10) */
+};
+
+typedef struct pv_get_req {
+    pv_text filename; /* of the URL */
+    pv_text accept_encoding;
+    pv_text range;
+    pv_text if_modified_since;
+    pv_text if_none_match;
+    pv_text overrides[6];    /* p == NULL: absent; n == 0 with p: given, but empty */
+    const uint8_t *random30; /* 30 random bytes for the multipart boundary */
+    uint32_t flags;          /* enum pv_get_flag */
+    uint32_t reserved;
+} pv_get_req;
+
+typedef struct pv_get_needle {
+    pv_text name;
+    pv_text mime;
+    pv_text pairs;       /* JSON as stored; looked at if flags has PV_F_PAIRS */
+    const uint8_t *data; /* the whole data, or NULL if it will be streamed */
+    uint64_t data_len;
+    uint64_t last_modified_s; /* 0 = none (also of an empty needle, which was never read) */
+    const uint8_t *sniff;     /* after PV_GET_NEED_SNIFF: bytes of the data beginning at sniff_offset */
+    size_t sniff_len;
+    uint64_t sniff_offset;
+    uint32_t checksum; /* 0 for an empty needle */
+    uint8_t flags;     /* of the needle */
+    uint8_t plain;     /* 1: data is what the client shall get (was decompressed, resized, ...) */
+    uint8_t reserved[2];
+} pv_get_needle;
+
+/* One stretch of a body: text_len bytes of the plan's buffer from text_offset, then data_len bytes of the data. */
+typedef struct pv_body_part {
+    uint64_t data_offset;
+    uint64_t data_len;
+    size_t text_offset;
+    size_t text_len;
+} pv_body_part;
+
+enum pv_plan_flag {
+    PV_PLAN_NO_LENGTH = 1,  /* no Content-Length, chunked: 206 of several ranges with Content-Encoding, over 2 KiB */
+    PV_PLAN_HAS_SERVER = 2, /* a stored pair set this header: it stands in the block, the lane adds none of its own */
+    PV_PLAN_HAS_DATE = 4,
+    PV_PLAN_HAS_REQUEST_ID = 8,
+    PV_PLAN_HAS_ALLOW_ORIGIN = 16,
+    PV_PLAN_HAS_ALLOW_CREDENTIALS = 32,
+    PV_PLAN_HAS_CONNECTION = 64,
+    PV_PLAN_CLOSE = 128 /* that one says close */
+};
+
+typedef struct pv_plan {
+    int32_t status;
+    uint32_t flags;       /* enum pv_plan_flag */
+    size_t head_len;      /* buf[0, head_len): header lines, each "Name: value\r\n"; no status line, no blank line */
+    size_t parts;         /* entries of parts[]; 0 for no body (always with HEAD and 304) */
+    uint64_t body_len;    /* bytes of the body */
+    uint64_t need_offset; /* PV_GET_NEED_SNIFF: give need_len bytes of the data from here */
+    uint64_t need_len;
+} pv_plan;
+
+enum pv_get_result {
+    PV_GET_DONE = 0,
+    PV_GET_NEED_PLAIN = 1, /* decompress the data (gzip; nothing at all if that fails), set plain, ask again */
+    PV_GET_NEED_SNIFF = 2  /* read bytes for the Content-Type, set sniff, sniff_len, sniff_offset, ask again */
+};
+
+/* Status, headers and body of a needle that was found and whose cookie fits. Not in the block: Date, Server,
+ * X-Amz-Request-Id, CORS, Connection (but see flags). Pairs named Content-Length or Transfer-Encoding are not sent.
+ * Returns enum pv_get_result. Errors: PV_EBUFFER (a = room needed in buf, b = room needed in parts, both estimated from
+ * above), PV_EINVAL (compressed needle without data, or overlong data). mime may be NULL (no type by extension). */
+PV_API int pv_get_plan(const pv_get_req *req, const pv_get_needle *n, const pv_mime *mime, char *buf, size_t cap,
+                       pv_body_part *parts, size_t max_parts, pv_plan *out, pv_errinfo *err) PV_WUR;
+
+/* -- uploads (8) */
+
+/* What Go's form parser makes of Content-Type before a POST or PUT is looked at (8.1): 1 = the body is form fields and
+ * is eaten, 0 = it is not, PV_EPARSE = answer 400 with the text *message (static storage). */
+PV_API int pv_form_check(const char *content_type, size_t n, pv_text *message) PV_WUR;
+
+typedef struct pv_upload_req {
+    pv_text method;
+    pv_text content_type;
+    pv_text content_disposition;
+    pv_text content_encoding;
+    pv_text content_md5;
+    pv_text path;        /* decoded */
+    const uint8_t *body; /* whole body; empty when pv_form_check said 1 */
+    size_t body_len;
+    uint64_t size_limit; /* bytes, of -fileSizeLimitMB */
+    const pv_mime *mime; /* may be NULL */
+    uint8_t is_manifest; /* cm */
+    uint8_t reserved[7];
+} pv_upload_req;
+
+typedef struct pv_upload {
+    const uint8_t *data; /* in the body */
+    size_t data_len;
+    pv_text name; /* may be 256 bytes or longer: not stored then (8.5); the same for mime */
+    pv_text mime;
+    pv_text md5;        /* expected Content-MD5, of the request or else of the part; empty: none */
+    pv_text message;    /* with PV_EPARSE: the text of the 400 answer */
+    size_t decoded_len; /* bytes pv_qp_decode will give; without quoted data_len */
+    uint8_t is_multipart;
+    uint8_t is_gzipped; /* the client says that data is gzip */
+    uint8_t quoted;     /* data is quoted-printable: pv_qp_decode it first */
+    uint8_t reserved[5];
+} pv_upload;
+
+/* Finds the file in an upload. Borrows all; texts of out point into the request's texts, the body, the mime table or
+ * scratch. Errors: PV_EPARSE (message), PV_EBUFFER (a = bytes of scratch needed; 4096 do for ordinary requests). */
+PV_API int pv_upload_parse(const pv_upload_req *req, char *scratch, size_t cap, pv_upload *out, pv_errinfo *err) PV_WUR;
+/* Decodes what pv_upload_parse called quoted; cap is at least decoded_len. Returns 0 and *out_len. Text it cannot decode:
+ * PV_EPARSE and the bytes before it in *out_len. out may be in. */
+PV_API int pv_qp_decode(const uint8_t *in, size_t len, uint8_t *out, size_t cap, size_t *out_len) PV_WUR;
+
+/* 1 if upstream would gzip such an upload (8.4). name: base name, mime: candidate or empty (then data is sniffed). */
+PV_API int pv_should_compress(pv_text name, pv_text mime, const uint8_t *data, size_t len) PV_WUR;
+
+typedef struct pv_header {
+    pv_text name;
+    pv_text value;
+} pv_header;
+
+/* JSON of the Seaweed-* headers (8.7). order is room for count numbers. Returns 1 and *len; 0 if there are none or the
+ * JSON would have 65536 bytes or more; PV_EBUFFER (65536 are always enough). */
+PV_API int pv_pairs_build(const pv_header *headers, size_t count, uint32_t *order, char *buf, size_t cap,
+                          size_t *len) PV_WUR;
+/* Reads such JSON the way the reading side does (6.5): a value that is no string counts as "". *count: members, of which
+ * the first max are stored, in order, repeated names kept; names and values are decoded into buf (3 * n bytes always
+ * do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
+PV_API int pv_pairs_parse(const char *json, size_t n, char *buf, size_t cap, pv_header *pairs, size_t max,
+                          size_t *count, pv_errinfo *err) PV_WUR;
+
+/* ttl text (8.6): 1 and the stored form, or 0 and zeros (none, bad or zero). */
+PV_API int pv_ttl_parse(const char *p, size_t n, uint8_t *count, uint8_t *unit) PV_WUR;
+/* ts: unsigned decimal; 0 for a text that is none, UINT64_MAX above 64 bit. */
+PV_API uint64_t pv_ts_parse(const char *p, size_t n);
+/* Go's ParseBool: 1, 0 (PV_EPARSE for another text). */
+PV_API int pv_bool_parse(const char *p, size_t n) PV_WUR;
+/* Go's ParseInt(p, 10, 64): 0, PV_EPARSE (0 in *v), PV_ERANGE (the nearest limit in *v). */
+PV_API int pv_int_parse(const char *p, size_t n, int64_t *v) PV_WUR;
+
+/* {"name":...,"size":...,"eTag":...,"mime":...,"contentMd5":...}, empty ones and size 0 left out (8.8). */
+PV_API size_t pv_write_reply(pv_text name, uint32_t size, uint32_t checksum, pv_text mime, pv_text md5, char *buf,
+                             size_t cap);
+
+/* -- texts (3) */
+
+/* Go's JSON string, quotes included: < > & U+2028 U+2029 escaped, invalid UTF-8 becomes \ufffd. */
+PV_API size_t pv_json_escape(const char *p, size_t n, char *buf, size_t cap);
+/* Go's %q. */
+PV_API size_t pv_go_quote(const char *p, size_t n, char *buf, size_t cap);
+/* Header name in Go's canonical case; one that is no token stays as it is. */
+PV_API size_t pv_header_canonical(const char *p, size_t n, char *buf, size_t cap);
+/* X-Amz-Request-Id: upper-case hex of ns, then 8 digits of random32. */
+PV_API size_t pv_request_id(uint64_t ns, uint32_t random32, char *buf, size_t cap);
 /* END pv_http */
 
 #endif
