@@ -837,7 +837,7 @@ def _stray_warning(rest: Sequence[str], words: Sequence[str]) -> str:
     text = f"the word {go_quote(ended_by)} ends the flags"
     if lost:
         text += f"; not read: {' '.join(lost)}"
-    if before >= 0 and ended_by == rest[0]:
+    if before >= 0 and not ended_by.startswith("-"):
         split = VOLUME_SET.split_word(words[before])
         flag = next((f for f in (*GLOBAL_FLAGS, *VOLUME_FLAGS) if split and f.name == split[0]), None)
         if flag is not None and flag.kind.is_bool and split is not None and split[1] is None:
