@@ -629,23 +629,10 @@ COMBINED_SET = FlagSet([*(flag for flag in GLOBAL_FLAGS if flag.name != "options
 
 @dataclass(frozen=True)
 class MinFreeSpace:
-    """When a directory counts as low on space: below `percent` of its disk, or below `size_bytes` if that is set."""
+    """The reserve of a directory: a percentage of its file system, or (percent None) bytes."""
 
-    percent: float = 1.0
-    size_bytes: int | None = None
-    raw: str = "1"
-
-    def is_low(self, free_bytes: int, total_bytes: int) -> bool:
-        """Compares as upstream does, in single precision."""
-        if self.size_bytes is not None:
-            return free_bytes < self.size_bytes
-        return bool(total_bytes) and _float32(free_bytes / total_bytes * 100) < self.percent
-
-    def reserve_bytes(self, total_bytes: int) -> int:
-        """Bytes of the disk that are kept free."""
-        if self.size_bytes is not None:
-            return self.size_bytes
-        return int(_float32(_float32(total_bytes) * self.percent / 100))
+    percent: float | None = 1.0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -1080,19 +1067,14 @@ def parse_min_free_space(item: str) -> MinFreeSpace:
         percent = float(text)
         if not 0 <= percent <= 100:
             raise fatal
-        return MinFreeSpace(percent=_float32(percent), raw=text)
+        return MinFreeSpace(percent=percent)
     try:
         size = parse_size(text)
     except ValueError:
         raise fatal from None
     if size <= 100:
         raise fatal
-    return MinFreeSpace(percent=0.0, size_bytes=size, raw=text)
-
-
-def _float32(value: float) -> float:
-    result: float = struct.unpack("f", struct.pack("f", value))[0]
-    return result
+    return MinFreeSpace(percent=None, size_bytes=size)
 
 
 def parse_tags(text: str, count: int) -> list[tuple[str, ...]]:

@@ -335,6 +335,8 @@ class GlogHandler(logging.Handler):
                 file.flush()
         except (OSError, ValueError):
             self.broken = True
+        except RuntimeError:
+            pass  # a signal handler flushes while its own thread was writing: that write goes on or is lost
         finally:
             self.release()
 

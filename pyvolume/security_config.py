@@ -101,7 +101,7 @@ class Settings:
         if isinstance(value, bool):
             return "true" if value else "false"
         if isinstance(value, float):
-            return f"{value:.17g}" if value != int(value) else str(int(value))
+            return repr(value).removesuffix(".0")
         return str(value) if isinstance(value, (str, int)) else ""
 
     def boolean(self, key: str) -> bool:

@@ -1,0 +1,411 @@
+"""One server process from start to exit: builds the parts in order, reacts to signals, takes the parts down in order.
+
+May import every module of server and below; nothing but cli imports it. Follows `weed/command/volume.go` and
+`weed/util/grace` but for the departures P1 (a master is waited for ten seconds at most), P2 (stopping has a limit, a
+second signal ends the process at once) and S1 to S3.
+
+Threads: the main thread sleeps on the inbox of signals and does nothing else, so that a signal is always acted on. The
+thread `start` builds the server, `stop` takes it down, `reload` serves SIGHUP; only one of them runs at a time, but for
+a reload that a stop overtakes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyvolume import faults, log
+from pyvolume.config import ConfigFatal, ParsedFlags, ServerConfig, build_config, error_text, join_host_port
+from pyvolume.errors import DirectoryInUse, PyvolumeError
+from pyvolume.security_config import START_STATUS, SecurityConfig, SecurityError, SecurityLoader
+from pyvolume.server.context import ServerContext
+from pyvolume.server.grpc.service import GrpcServer, make_grpc_server
+from pyvolume.server.heartbeat import Heartbeat
+from pyvolume.server.master_client import MasterClient, MasterConfiguration
+from pyvolume.server.signals import Inbox
+from pyvolume.storage.store import Store
+from pyvolume.version import full_version
+
+if TYPE_CHECKING:
+    from pyvolume.server.http_app import HttpServer
+
+_log = logging.getLogger(__name__)
+
+MASTER_WAIT_S = 10.0
+"""How long a start waits for a master's configuration before it goes on without (departure P1)."""
+SWITCH_INTERVAL_S = 0.0005
+"""docs/decisions/0001-switch-interval.md."""
+DISK_CHECK_INTERVAL_S = 60.0
+PROGRESS_INTERVAL_S = 5.0
+LEAST_GRPC_GRACE_S = 1.0
+FORCED_STATUS = 1
+"""Exit status when a second signal cuts the stop short."""
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a worker thread tells the main thread: `started`, `stopped`, or `failed` with an exit status."""
+
+    kind: str
+    status: int = 0
+
+
+def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = None) -> int:
+    """Serves until a signal says stop; returns the exit status. Main thread only. A FATAL ends the process from within.
+
+    The handlers of `inbox` are installed already.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    if faults.active():
+        _log.warning("failpoints are set, this is no server to keep data on: %s", ", ".join(faults.active()))
+    process = Process(flags, inbox, dict(os.environ if environ is None else environ))
+    _spawn("start", process.start, inbox)
+    while True:
+        note = inbox.get()
+        if isinstance(note, Note):
+            if note.kind == "started":
+                process.serving = True
+            else:
+                log.flush()
+                return note.status
+        elif note == signal.SIGHUP:
+            if process.serving and not process.stop_begun:
+                process.request_reload()
+        elif isinstance(note, signal.Signals):
+            if process.stop_begun:
+                _log.warning("%s during the stop: leaving at once", note.name)
+                log.exit_process(FORCED_STATUS)
+            process.stop_begun = True
+            _spawn("stop", process.stop, inbox)
+
+
+def _spawn(name: str, work: Callable[[], Note | None], inbox: Inbox) -> None:
+    """Runs `work` on a thread and puts what it returns into the inbox. An unexpected exception is FATAL."""
+
+    def body() -> None:
+        try:
+            note = work()
+        except Exception as exc:
+            _log.exception("%s failed", name)
+            log.fatal("%s failed: %s", name, exc)
+        if note is not None:
+            inbox.put(note)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+
+
+class Process:
+    """The parts of the server and their order. start, stop and reload each run on a thread of their own."""
+
+    def __init__(self, flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str]) -> None:
+        self._flags = flags
+        self._inbox = inbox
+        self._environ = environ
+        self.serving = False
+        self.stop_begun = False
+        self._quit = threading.Event()
+        """Ends waiting threads (jobs, late configuration) at a stop."""
+        self._reload_lock = threading.Lock()
+        self._reload_wanted = False
+        self._reload_running = False
+        self._loader: SecurityLoader | None = None
+        self._grpc: GrpcServer | None = None
+        self._public: HttpServer | None = None
+        self._admin: HttpServer | None = None
+        self.context: ServerContext | None = None
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> Note | None:
+        """Builds and starts everything; returns when the ports serve. Every refusal ends the process from within."""
+        config = self._checked_config()
+        security = self._checked_security(config)
+        if config.ip_detected:
+            _log.info("detected volume server ip address: %s", config.ip)
+        master = MasterClient(config)
+        answer = self._ask_master(master)
+        store = self._load_store(config)
+        context = ServerContext(config=config, security=security, store=store, master=master)
+        self.context = context
+        context.heartbeat = Heartbeat(context, store, config)
+        if answer is not None:
+            self._apply_master(answer)
+        _warn_open_calls(config, security)
+        self._bind(context)
+        self._inbox.defer()
+        context.heartbeat.start()
+        if answer is None:
+            master.when_configured(self._apply_master, self._quit)
+        assert self._grpc is not None and self._admin is not None
+        self._grpc.start()
+        for server, name in ((self._public, "http-public"), (self._admin, "http-admin")):
+            if server is not None:
+                threading.Thread(target=server.run, name=name, daemon=True).start()
+        threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
+        notify_service_manager("READY=1", self._environ)
+        return Note("started")
+
+    def _checked_config(self) -> ServerConfig:
+        try:
+            return build_config(self._flags)
+        except ConfigFatal as exc:
+            log.fatal("%s", exc)
+
+    def _checked_security(self, config: ServerConfig) -> SecurityConfig:
+        self._loader = SecurityLoader(config, self._environ)
+        try:
+            security = self._loader.load()
+        except SecurityError as exc:
+            log.exit_with(START_STATUS, "refusing to start: %s", exc)
+        if self._loader.load_disk_probe().enabled:
+            _log.warning("volume.disk.io.probe is accepted but does nothing yet: disks are watched by statfs only")
+        return security
+
+    def _ask_master(self, master: MasterClient) -> MasterConfiguration | None:
+        answer = master.wait_for_configuration(MASTER_WAIT_S, self._quit)
+        if answer is None:
+            _log.warning("no master answered within %g seconds: going on, its settings follow later", MASTER_WAIT_S)
+        return answer
+
+    def _apply_master(self, answer: MasterConfiguration) -> None:
+        """Takes over what a master told; once, at the start or whenever the first one answers."""
+        if self.context is not None:
+            self.context.master_configured.set()
+        for backend in answer.storage_backends:
+            _log.warning(
+                "storage backend %s.%s of the master is not used: tiering comes later", backend.type, backend.id
+            )
+        if answer.metrics_address and answer.metrics_interval_s:
+            _log.warning("metrics are not pushed to %s: there are no metrics yet", answer.metrics_address)
+
+    def _load_store(self, config: ServerConfig) -> Store:
+        progress = Progress()
+        try:
+            store = Store(config)
+            started = time.monotonic()
+            store.load(progress)
+        except DirectoryInUse as exc:
+            log.exit_with(START_STATUS, "%s", exc)
+        except PyvolumeError as exc:
+            log.fatal("%s", exc)
+        _log.info("loaded %d volumes in %.2f s", len(store.volumes()), time.monotonic() - started)
+        return store
+
+    def _bind(self, context: ServerContext) -> None:
+        """Binds all ports before anything is announced, so that a busy one ends the start and nobody is misled."""
+        from pyvolume.server import http_app
+
+        config = context.config
+        self._grpc = self._bind_grpc(context)
+        version = full_version(config.offset_bytes)
+        if config.has_public_listener:
+            address = join_host_port(config.bind_ip, config.public_port)
+            _log.info("Start Seaweed volume server %s public at %s", version, address)
+            self._public = _bind_http(http_app.make_public_server, context, address, config.public_port)
+        address = join_host_port(config.bind_ip, config.port)
+        _log.info("Start Seaweed volume server %s at %s", version, address)
+        self._admin = _bind_http(http_app.make_admin_server, context, address, config.port)
+
+    @staticmethod
+    def _bind_grpc(context: ServerContext) -> GrpcServer:
+        config = context.config
+        prefix = f"failed to listen on grpc port {config.grpc_port}"
+        reason = bind_refusal(config.bind_ip, config.grpc_port)
+        if reason is not None:
+            log.fatal("%s: %s", prefix, reason)
+        try:
+            return make_grpc_server(context, join_host_port(config.bind_ip, config.grpc_port))
+        except OSError as exc:
+            log.fatal("%s", exc)
+
+    # -- while serving --------------------------------------------------------------------------------------------
+
+    def _periodic(self) -> None:
+        """Each minute: free space of all disks, and what follows from it."""
+        assert self.context is not None
+        while not self._quit.wait(DISK_CHECK_INTERVAL_S):
+            try:
+                self.context.store.check_free_space()
+            except Exception:  # the top of this thread; the next minute tries again
+                _log.exception("the check of free space failed")
+
+    def request_reload(self) -> None:
+        """SIGHUP: reloads now, or once more when the reload that is running has ended."""
+        with self._reload_lock:
+            self._reload_wanted = True
+            if self._reload_running:
+                return
+            self._reload_running = True
+        _spawn("reload", self._reload_while_wanted, self._inbox)
+
+    def _reload_while_wanted(self) -> None:
+        while True:
+            with self._reload_lock:
+                if not self._reload_wanted or self._quit.is_set():
+                    self._reload_running = False
+                    return
+                self._reload_wanted = False
+            self._reload()
+
+    def _reload(self) -> None:
+        """New volumes on disk, then white list and signing keys. Problems are logged and leave things as they are."""
+        context, loader = self.context, self._loader
+        assert context is not None and loader is not None
+        notify_service_manager("RELOADING=1", self._environ)
+        _log.info(" Loading new volume ids ...")
+        try:
+            context.store.load_new_volumes()
+        except Exception:  # a broken disk must not keep new keys from being taken
+            _log.exception("loading new volumes failed")
+        _log.info("Reload volume server...")
+        try:
+            context.security = loader.reload(context.security)
+        except SecurityError as exc:
+            _log.error("security settings stay as they were: %s", exc)
+        notify_service_manager("READY=1", self._environ)
+
+    # -- stop -----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> Note:
+        """Takes everything down in order and returns the final note. Limited in time by -preStopSeconds and -stopTimeout."""
+        context = self.context
+        assert context is not None and context.heartbeat is not None
+        config = context.config
+        _log.info("volume server has been killed")
+        notify_service_manager("STOPPING=1", self._environ)
+        if context.heartbeat.alive:
+            context.heartbeat.stop(goodbye=True)
+            _log.info("Stopping volume server...")
+            context.stopping.set()
+            _guarded("flushing volumes", context.store.sync)
+            _log.info("stop send heartbeat and wait %d seconds until shutdown ...", config.pre_stop_s)
+            faults.fault("stop.wait")
+            time.sleep(max(0, config.pre_stop_s))
+        context.stopping.set()
+        deadline = time.monotonic() + config.stop_timeout_s
+        self._stop_http(deadline)
+        _log.info("graceful stop gRPC ...")
+        if self._grpc is not None:
+            grace = max(LEAST_GRPC_GRACE_S, deadline - time.monotonic())
+            _guarded("stopping gRPC", lambda: self._grpc.stop(grace) if self._grpc else None)
+        self._quit.set()
+        _log.info("Shutting down volume server...")
+        _guarded("closing volumes", context.store.close)
+        _guarded("closing connections to masters", context.master.close)
+        _log.info("Shut down successfully!")
+        return Note("stopped")
+
+    def _stop_http(self, deadline: float) -> None:
+        """Both listeners at once, so that the time limit is one for both."""
+        threads = []
+        for server, text in (
+            (self._public, "stop public http server ... "),
+            (self._admin, "graceful stop cluster http server ... "),
+        ):
+            if server is None:
+                continue
+            _log.info(text)
+            left = max(0.0, deadline - time.monotonic())
+            work = _guarded_call("stopping an HTTP listener", server.stop, left)
+            thread = threading.Thread(target=work, name="stop-http", daemon=True)
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join()
+
+
+class Progress:
+    """Tells how far the loading of volumes is, in one line every few seconds. Called from the loading threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._next = clock() + PROGRESS_INTERVAL_S
+
+    def __call__(self, done: int, total: int) -> None:
+        with self._lock:
+            now = self._clock()
+            if now < self._next:
+                return
+            self._next = now + PROGRESS_INTERVAL_S
+        _log.info("loading volumes: %d of %d", done, total)
+
+
+def _guarded(what: str, work: Callable[[], Any]) -> None:
+    """A step of the stop: whatever goes wrong is logged and the stop goes on."""
+    try:
+        work()
+    except Exception:
+        _log.exception("%s failed", what)
+
+
+def _guarded_call(what: str, work: Callable[[float], Any], argument: float) -> Callable[[], None]:
+    return lambda: _guarded(what, lambda: work(argument))
+
+
+def _bind_http(
+    make: Callable[[ServerContext], HttpServer], context: ServerContext, address: str, port: int
+) -> HttpServer:
+    reason = bind_refusal(context.config.bind_ip, port)
+    if reason is None:
+        try:
+            return make(context)
+        except OSError as exc:
+            reason = f"listen tcp {address}: bind: {error_text(exc)}"
+    log.fatal("Volume server listener error:%s", reason)
+
+
+def bind_refusal(host: str, port: int) -> str | None:
+    """Why nobody could listen there, in Go's words; None if one can (or if only the name service could tell)."""
+    if not 0 <= port <= MAX_PORT:
+        return f"listen tcp: address {port}: invalid port"
+    try:
+        candidates = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return f"listen tcp: lookup {host}: no such host"
+    family, kind, protocol, _, target = candidates[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(target)
+            probe.listen(1)
+        except OSError as exc:
+            return f"listen tcp {join_host_port(host, port)}: bind: {error_text(exc)}"
+    return None
+
+
+OPEN_STATE_CHANGING = ("ReceiveFile", "WriteNeedleBlob", "VolumeEcBlobDelete", "VolumeEcShardsMount")
+
+
+def _warn_open_calls(config: ServerConfig, security: SecurityConfig) -> None:
+    """Departure S3: a white list alone does not guard the calls that peers make."""
+    if security.white_list and not config.guard_peers:
+        _log.warning(
+            "the white list does not cover calls that other volume servers make: %s are open to everyone who reaches "
+            "port %d; -guardPeers closes them, every peer must be listed then",
+            ", ".join(OPEN_STATE_CHANGING),
+            config.grpc_port,
+        )
+
+
+def notify_service_manager(state: str, environ: Mapping[str, str]) -> None:
+    """Tells systemd, if it asked to be told. Never raises: nothing depends on it."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address or address[0] not in "/@":
+        return
+    text = state
+    if state == "RELOADING=1":
+        text += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(1)
+        sock.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)

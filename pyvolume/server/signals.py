@@ -1,0 +1,68 @@
+"""Signals of the process: handlers that only put a note into a queue, which the main thread reads.
+
+Must not import any other module of server, so that it can be in force before the slow imports. From the first moment on
+SIGTERM, SIGINT and SIGALRM end the process with status 0 until the server serves (`Inbox.defer`), as upstream does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import queue
+import signal
+import sys
+from types import FrameType
+
+from pyvolume import log
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+QUIT_STATUS = 2
+
+
+class Inbox:
+    """Where the main thread sleeps. put() may be called from signal handlers and from any thread."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._deferred = False
+
+    def install(self) -> None:
+        """Installs the handlers; main thread only.
+
+        SIGQUIT prints all stacks and ends with status 2, SIGUSR1 prints them and goes on, and so do crashes.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, self._on_hangup)
+        signal.signal(signal.SIGQUIT, _on_quit)
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error may be closed
+            faulthandler.enable(file=sys.stderr, all_threads=True)
+            faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+
+    def defer(self) -> None:
+        """From now on stop signals are notes for the main thread instead of ending the process at once."""
+        self._deferred = True
+
+    def put(self, note: object) -> None:
+        self._queue.put(note)
+
+    def get(self) -> object:
+        """The next note; waits for it. Handlers run while it waits."""
+        return self._queue.get()
+
+    def _on_stop(self, number: int, _frame: FrameType | None) -> None:
+        if not self._deferred:
+            log.exit_process(0)
+        self._queue.put(signal.Signals(number))
+
+    def _on_hangup(self, number: int, _frame: FrameType | None) -> None:
+        if self._deferred:
+            self._queue.put(signal.Signals(number))
+
+
+def _on_quit(_number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"SIGQUIT: quit\n")
+    with contextlib.suppress(OSError, ValueError):
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    log.exit_process(QUIT_STATUS)
