@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServerContext:
-    """One server process. Fields are set once at start; only `stopping` changes afterwards."""
+    """One server process. Fields are set once at start; afterwards only these change, each by one assignment:
+    `stopping`, `awaiting_master`, and `security` (a reload replaces the whole value, so read it anew for each request).
+    """
 
     config: ServerConfig
     security: SecurityConfig
@@ -29,6 +31,8 @@ class ServerContext:
     heartbeat: Heartbeat | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     started_at_s: float = field(default_factory=time.time)
+    awaiting_master: bool = False
+    """Departure P1: this server serves, but no master has told its configuration yet. /healthz says so."""
 
     @property
     def healthy(self) -> bool:

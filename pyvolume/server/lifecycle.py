@@ -28,6 +28,7 @@ from pyvolume.config import ConfigFatal, ParsedFlags, ServerConfig, build_config
 from pyvolume.errors import DirectoryInUse, PyvolumeError
 from pyvolume.security_config import START_STATUS, SecurityConfig, SecurityError, SecurityLoader
 from pyvolume.server.context import ServerContext
+from pyvolume.server.grpc.methods import RPCS
 from pyvolume.server.grpc.service import GrpcServer, make_grpc_server
 from pyvolume.server.heartbeat import Heartbeat
 from pyvolume.server.master_client import MasterClient, MasterConfiguration
@@ -54,7 +55,7 @@ MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class Note:
-    """What a worker thread tells the main thread: `started`, `stopped`, or `failed` with an exit status."""
+    """What a worker thread tells the main thread: `started`, or `stopped` with the exit status."""
 
     kind: str
     status: int = 0
@@ -73,11 +74,12 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
     while True:
         note = inbox.get()
         if isinstance(note, Note):
-            if note.kind == "started":
-                process.serving = True
-            else:
+            if note.kind == "stopped":
                 log.flush()
                 return note.status
+            process.serving = True
+            if process.stop_begun:  # a signal came between binding the ports and now
+                _spawn("stop", process.stop, inbox)
         elif note == signal.SIGHUP:
             if process.serving and not process.stop_begun:
                 process.request_reload()
@@ -86,7 +88,8 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
                 _log.warning("%s during the stop: leaving at once", note.name)
                 log.exit_process(FORCED_STATUS)
             process.stop_begun = True
-            _spawn("stop", process.stop, inbox)
+            if process.serving:
+                _spawn("stop", process.stop, inbox)
 
 
 def _spawn(name: str, work: Callable[[], Note | None], inbox: Inbox) -> None:
@@ -135,7 +138,9 @@ class Process:
         master = MasterClient(config)
         answer = self._ask_master(master)
         store = self._load_store(config)
-        context = ServerContext(config=config, security=security, store=store, master=master)
+        context = ServerContext(
+            config=config, security=security, store=store, master=master, awaiting_master=answer is None
+        )
         self.context = context
         context.heartbeat = Heartbeat(context, store, config)
         if answer is not None:
@@ -180,7 +185,7 @@ class Process:
     def _apply_master(self, answer: MasterConfiguration) -> None:
         """Takes over what a master told; once, at the start or whenever the first one answers."""
         if self.context is not None:
-            self.context.master_configured.set()
+            self.context.awaiting_master = False
         for backend in answer.storage_backends:
             _log.warning(
                 "storage backend %s.%s of the master is not used: tiering comes later", backend.type, backend.id
@@ -277,7 +282,7 @@ class Process:
     # -- stop -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> Note:
-        """Takes everything down in order and returns the final note. Limited in time by -preStopSeconds and -stopTimeout."""
+        """Takes everything down in order, within -preStopSeconds and -stopTimeout; returns the final note."""
         context = self.context
         assert context is not None and context.heartbeat is not None
         config = context.config
@@ -356,13 +361,14 @@ def _guarded_call(what: str, work: Callable[[float], Any], argument: float) -> C
 def _bind_http(
     make: Callable[[ServerContext], HttpServer], context: ServerContext, address: str, port: int
 ) -> HttpServer:
+    prefix = "Volume server listener error:"
     reason = bind_refusal(context.config.bind_ip, port)
-    if reason is None:
-        try:
-            return make(context)
-        except OSError as exc:
-            reason = f"listen tcp {address}: bind: {error_text(exc)}"
-    log.fatal("Volume server listener error:%s", reason)
+    if reason is not None:
+        log.fatal("%s%s", prefix, reason)
+    try:
+        return make(context)
+    except OSError as exc:
+        log.fatal("%slisten tcp %s: bind: %s", prefix, address, error_text(exc))
 
 
 def bind_refusal(host: str, port: int) -> str | None:
@@ -384,16 +390,14 @@ def bind_refusal(host: str, port: int) -> str | None:
     return None
 
 
-OPEN_STATE_CHANGING = ("ReceiveFile", "WriteNeedleBlob", "VolumeEcBlobDelete", "VolumeEcShardsMount")
-
-
 def _warn_open_calls(config: ServerConfig, security: SecurityConfig) -> None:
     """Departure S3: a white list alone does not guard the calls that peers make."""
     if security.white_list and not config.guard_peers:
+        open_calls = [rpc.name for rpc in RPCS.values() if rpc.changes and not rpc.guarded]
         _log.warning(
             "the white list does not cover calls that other volume servers make: %s are open to everyone who reaches "
             "port %d; -guardPeers closes them, every peer must be listed then",
-            ", ".join(OPEN_STATE_CHANGING),
+            ", ".join(open_calls),
             config.grpc_port,
         )
 
