@@ -7,6 +7,7 @@ then streamed. The walk is bounded, since 256 MiB of gzip can stand for a quarte
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from isal import igzip_lib
 
@@ -20,6 +21,7 @@ MAX_PLAIN_BYTES = 16 << 30
 _FEED_BYTES = 64 << 10
 _PIECE_BYTES = 256 << 10
 _MAGIC = b"\x1f\x8b"
+_Error = cast("type[Exception]", igzip_lib.IsalError)  # the package's stub declares an instance
 
 
 class BadGzip(PyvolumeError):
@@ -45,7 +47,7 @@ def pieces(data: Buffer) -> Iterator[bytes]:
     """The unpacked data of all members, piece by piece. Raises BadGzip where it breaks, TooLarge past the bound."""
     view = memoryview(data)
     at, total = 0, 0
-    if not len(view):
+    if not view:
         raise BadGzip("EOF")
     while at < len(view):
         unpacker = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
@@ -59,7 +61,7 @@ def pieces(data: Buffer) -> Iterator[bytes]:
                     raise BadGzip("unexpected EOF")
             try:
                 piece = unpacker.decompress(chunk, _PIECE_BYTES)
-            except igzip_lib.error as exc:
+            except _Error as exc:
                 raise BadGzip(f"gzip: {exc}") from exc
             if piece:
                 total += len(piece)

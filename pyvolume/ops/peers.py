@@ -252,10 +252,12 @@ class PeerClient:
     def _head(
         method: str, host: str, target: str, headers: Sequence[tuple[str, str]], body: Sequence[Buffer] | None
     ) -> bytes:
+        if not target.isascii() or not target.isprintable() or " " in target:
+            raise PeerError("net/url: invalid control character in URL")
         lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
         names = set()
         for name, value in headers:
-            if "\r" in value or "\n" in value:
+            if "\r" in value or "\n" in value or "\0" in value:
                 raise PeerError(f"net/http: invalid header field value for {name!r}")
             names.add(name.lower())
             lines.append(f"{name}: {value}")
