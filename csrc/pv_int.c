@@ -1,6 +1,7 @@
 /* pv_int.c - the primitives of pv_int.h that are not one-liners: making locks, allocating memory. */
 #include "pv_int.h"
 
+#include <sys/mman.h>
 #include <time.h>
 
 int pv__mutex_init(pthread_mutex_t *m) {
@@ -70,4 +71,16 @@ void *pv__realloc(void *p, size_t n, size_t size) {
 
 void pv__free(void *p) {
     free(p);
+}
+
+void *pv__pages(size_t len) {
+    if (alloc_must_fail()) {
+        return NULL;
+    }
+    void *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+void pv__pages_free(void *p, size_t len) {
+    pv__must(munmap(p, len));
 }

@@ -145,13 +145,16 @@ int pv__mutex_init(pthread_mutex_t *m) PV_WUR;
 int pv__rwlock_init(pthread_rwlock_t *l) PV_WUR;
 int pv__cond_init(pthread_cond_t *c) PV_WUR; /* timed waits go by CLOCK_MONOTONIC */
 
-/* ------------------------------------------------------------------ memory (pv_err.c) */
+/* ------------------------------------------------------------------ memory (pv_int.c) */
 
 /* malloc/calloc/realloc/free, with n * size checked. A test build can make the Nth of them fail. */
 void *pv__malloc(size_t len) PV_WUR;
 void *pv__calloc(size_t n, size_t size) PV_WUR;
 void *pv__realloc(void *p, size_t n, size_t size) PV_WUR; /* p stays valid on NULL */
 void pv__free(void *p);
+/* Whole zeroed pages straight from the system, and back. Pages never touched take no memory. */
+void *pv__pages(size_t len) PV_WUR;
+void pv__pages_free(void *p, size_t len);
 
 /* ------------------------------------------------------------------ files (pv_io.c)
  * Every system call of the engine that touches a file is made here. All are positional, go on after EINTR and short
