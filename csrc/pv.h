@@ -326,7 +326,8 @@ enum pv_write_flag {
     PV_WRITE_CHECK_COOKIE = 1, /* refuse another cookie; without it cookie 0 adopts the stored one */
     PV_WRITE_FSYNC = 2,        /* data on disk before the entry is published and the call returns (group commit) */
     PV_WRITE_ENTRY = 4         /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none). Without it the key
-                                  counts as absent. Calls for one key must be serialised by the owner of the map. */
+                                  counts as absent. Calls for one key must be serialised by the owner of the map.
+                                  Not looked at when the handle has a map. */
 };
 
 typedef struct pv_write_res {
@@ -391,9 +392,9 @@ typedef struct pv_scan_rec {
  * first); advances *offset to where the next call goes on. Returns the count, 0 at a clean end: less than a header is
  * left (*offset tells where). A record that lacks nothing but padding counts as whole, *offset is then behind the end.
  * Header fields are always set; what stands in the body (append time, flags, ttl, data size, checksum) only with
- * check_body, which reads and checks it: status is that record's result. A zero-filled region gives records of id 0,
- * cookie 0, size 0. Memory is bounded whatever the sizes in the file say. fd is borrowed. Errors, given only when no
- * record comes before them:
+ * check_body, which reads and checks it: status is that record's result (PV_ESYS: the disk would not give the body). A
+ * zero-filled region gives records of id 0, cookie 0, size 0. Memory is bounded whatever the sizes in the file say. fd
+ * is borrowed. Errors, given only when no record comes before them:
  *   PV_EEOF     the record at *offset is cut off: a = *offset, b = its length, c = bytes left
  *   PV_ECORRUPT a = 0: the header at *offset has a negative Size from which no next record can be found: b = *offset,
  *               c = Size
@@ -404,7 +405,7 @@ PV_API int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_o
 enum pv_tail_verdict {
     PV_TAIL_OK = 0,
     PV_TAIL_IDX_RAGGED = 1,  /* storage.md 11: "index file's size is %d bytes, maybe corrupted": a = size */
-    PV_TAIL_DAT_LONGER = 2,  /* a = actual, b = expected bytes */
+    PV_TAIL_DAT_LONGER = 2,  /* a = actual (rounded up to 8, as upstream counts), b = expected bytes */
     PV_TAIL_DAT_SHORTER = 3, /* a = wanted end, b = actual */
     PV_TAIL_BAD_RECORD = 4   /* err tells: PV_ESIZE, PV_EID, PV_ECRC, PV_ECORRUPT */
 };
@@ -428,8 +429,8 @@ PV_API int pv_reg_count(pv_reg *r);
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http
  *
- * What a needle's HTTP exchange means, for every lane: pure functions on bytes, no I/O, no allocation (but for pv_mime),
- * no state. Any thread may call them at any time. Section numbers are those of contract/http.md.
+ * What a needle's HTTP exchange means, for every lane: pure functions on bytes, no I/O, no state, no allocation (but for
+ * pv_mime). Any thread may call them at any time. Section numbers are those of contract/http.md.
  *
  * Rendering functions (result size_t) return the length of the whole text and write it only if it fits into cap bytes;
  * no NUL is added. A result above cap means: nothing useful was written, give more room.
@@ -448,8 +449,10 @@ typedef struct pv_text {
 enum pv_url_kind {
     PV_URL_NEEDLE = 0,   /* vid and fid were cut out (whether they are numbers is for pv_vid_parse, pv_fid_parse) */
     PV_URL_VID_ONLY = 1, /* no fid: the whole last segment is in vid */
-    PV_URL_BAD = 2       /* upstream dies or computes garbage here (departure A2): answer 400; vid is set to a text that
-                            pv_vid_parse refuses, so a caller that goes on with it gets an error text, too */
+    PV_URL_BAD = 2,      /* four or more slashes and a comma: answer 400 (departure A2). vid is a text that pv_vid_parse
+                            refuses, so a caller that goes on with it gets a fitting error text */
+    PV_URL_DROP = 3      /* a dot before the comma of /vid,fid: upstream closes the connection without an answer. Whoever
+                            treats it as PV_URL_BAD is right, too (17): vid is as there */
 };
 
 typedef struct pv_url {
@@ -464,7 +467,7 @@ typedef struct pv_url {
 } pv_url;
 
 /* Takes a request path as sent (percent-encoded, without query) apart. Borrows raw and buf; the texts of out point into
- * raw when it holds no '%', else into buf. Errors: PV_EPARSE (bad escape: b = its position), PV_EBUFFER (cap < raw_len). */
+ * raw when it holds no '%', else into buf. Errors: PV_EPARSE (bad escape, b = where), PV_EBUFFER (cap < raw_len). */
 PV_API int pv_url_parse(const char *raw, size_t raw_len, char *buf, size_t cap, pv_url *out, pv_errinfo *err) PV_WUR;
 /* The fid as POST and PUT see it: behind the last comma up to the last dot behind that (no comma: the whole path).
  * path is decoded; *fid points into it. */
@@ -495,14 +498,16 @@ typedef struct pv_id_error {
 /* 0, or PV_EPARSE with *e filled (e may be NULL). */
 PV_API int pv_vid_parse(const char *p, size_t n, uint32_t *vid, pv_id_error *e) PV_WUR;
 PV_API int pv_fid_parse(const char *p, size_t n, uint64_t *key, uint32_t *cookie, pv_id_error *e) PV_WUR;
-/* Upstream's text for a refused id, as it stands in {"error":...} before JSON escaping; raw bytes of the input included. */
+/* Upstream's text for a refused id, as it stands in {"error":...} before JSON escaping, raw bytes of the input kept. */
 PV_API size_t pv_fid_error_text(const pv_id_error *e, char *buf, size_t cap);
 
 /* -- ranges (6.8) */
 
+/* start and length are within the data, except for the odd "bytes=--n", which upstream answers as a single range with a
+ * start behind the end and a length of -n: nothing is sent then. */
 typedef struct pv_range {
-    uint64_t start;
-    uint64_t length;
+    int64_t start;
+    int64_t length;
 } pv_range;
 
 enum pv_range_kind {
@@ -609,7 +614,8 @@ typedef struct pv_body_part {
 } pv_body_part;
 
 enum pv_plan_flag {
-    PV_PLAN_NO_LENGTH = 1,  /* no Content-Length, chunked: 206 of several ranges with Content-Encoding, over 2 KiB */
+    PV_PLAN_NO_LENGTH = 1,  /* no Content-Length, so chunked: 206 of several ranges with Content-Encoding, above 2 KiB;
+                               206 of "bytes=--n" */
     PV_PLAN_HAS_SERVER = 2, /* a stored pair set this header: it stands in the block, the lane adds none of its own */
     PV_PLAN_HAS_DATE = 4,
     PV_PLAN_HAS_REQUEST_ID = 8,
@@ -636,9 +642,11 @@ enum pv_get_result {
 };
 
 /* Status, headers and body of a needle that was found and whose cookie fits. Not in the block: Date, Server,
- * X-Amz-Request-Id, CORS, Connection (but see flags). Pairs named Content-Length or Transfer-Encoding are not sent.
- * Returns enum pv_get_result. Errors: PV_EBUFFER (a = room needed in buf, b = room needed in parts, both estimated from
- * above), PV_EINVAL (compressed needle without data, or overlong data). mime may be NULL (no type by extension). */
+ * X-Amz-Request-Id, CORS, Connection (but see flags). Pairs named Content-Length or Transfer-Encoding are not sent:
+ * a stored needle must not change how the bytes of an answer are framed.
+ * Returns enum pv_get_result. Errors: PV_EBUFFER (a = bytes of buf that will do, b = entries of parts that will do),
+ * PV_EINVAL (compressed needle without data, data_len of 2^63 or more, no random30 where one is needed). mime may be NULL
+ * (no type by extension). */
 PV_API int pv_get_plan(const pv_get_req *req, const pv_get_needle *n, const pv_mime *mime, char *buf, size_t cap,
                        pv_body_part *parts, size_t max_parts, pv_plan *out, pv_errinfo *err) PV_WUR;
 
@@ -678,10 +686,11 @@ typedef struct pv_upload {
 } pv_upload;
 
 /* Finds the file in an upload. Borrows all; texts of out point into the request's texts, the body, the mime table or
- * scratch. Errors: PV_EPARSE (message), PV_EBUFFER (a = bytes of scratch needed; 4096 do for ordinary requests). */
+ * scratch. Errors: PV_EPARSE (message), PV_EBUFFER (a = bytes of scratch to try next, at least twice cap; 4096 do for
+ * ordinary requests). */
 PV_API int pv_upload_parse(const pv_upload_req *req, char *scratch, size_t cap, pv_upload *out, pv_errinfo *err) PV_WUR;
-/* Decodes what pv_upload_parse called quoted; cap is at least decoded_len. Returns 0 and *out_len. Text it cannot decode:
- * PV_EPARSE and the bytes before it in *out_len. out may be in. */
+/* Decodes what pv_upload_parse called quoted; cap is at least decoded_len. Returns 0 and *out_len, PV_EBUFFER, or
+ * PV_EPARSE for what pv_upload_parse would have refused. out may be in. */
 PV_API int pv_qp_decode(const uint8_t *in, size_t len, uint8_t *out, size_t cap, size_t *out_len) PV_WUR;
 
 /* 1 if upstream would gzip such an upload (8.4). name: base name, mime: candidate or empty (then data is sniffed). */
@@ -696,9 +705,9 @@ typedef struct pv_header {
  * JSON would have 65536 bytes or more; PV_EBUFFER (65536 are always enough). */
 PV_API int pv_pairs_build(const pv_header *headers, size_t count, uint32_t *order, char *buf, size_t cap,
                           size_t *len) PV_WUR;
-/* Reads such JSON the way the reading side does (6.5): a value that is no string counts as "". *count: members, of which
- * the first max are stored, in order, repeated names kept; names and values are decoded into buf (3 * n bytes always
- * do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
+/* Reads such JSON the way the reading side does (6.5): a value that is no string counts as "". *count: how many members
+ * there are; the first max are stored, in order, repeated names kept. Names and values are decoded into buf (3 * n bytes
+ * always do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
 PV_API int pv_pairs_parse(const char *json, size_t n, char *buf, size_t cap, pv_header *pairs, size_t max,
                           size_t *count, pv_errinfo *err) PV_WUR;
 
