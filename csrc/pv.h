@@ -429,8 +429,8 @@ PV_API int pv_reg_count(pv_reg *r);
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http
  *
- * What a needle's HTTP exchange means, for every lane: pure functions on bytes, no I/O, no state, no allocation (but for
- * pv_mime). Any thread may call them at any time. Section numbers are those of contract/http.md.
+ * What a needle's HTTP exchange means, for every lane: pure functions on bytes, no I/O, no state, no allocation (but
+ * for pv_mime). Any thread may call them at any time. Section numbers are those of contract/http.md.
  *
  * Rendering functions (result size_t) return the length of the whole text and write it only if it fits into cap bytes;
  * no NUL is added. A result above cap means: nothing useful was written, give more room.
@@ -451,8 +451,8 @@ enum pv_url_kind {
     PV_URL_VID_ONLY = 1, /* no fid: the whole last segment is in vid */
     PV_URL_BAD = 2,      /* four or more slashes and a comma: answer 400 (departure A2). vid is a text that pv_vid_parse
                             refuses, so a caller that goes on with it gets a fitting error text */
-    PV_URL_DROP = 3      /* a dot before the comma of /vid,fid: upstream closes the connection without an answer. Whoever
-                            treats it as PV_URL_BAD is right, too (17): vid is as there */
+    PV_URL_DROP = 3      /* a dot before the comma of /vid,fid: upstream closes the connection without an answer. To
+                            treat it as PV_URL_BAD is right, too (17): vid is as there */
 };
 
 typedef struct pv_url {
@@ -543,7 +543,7 @@ PV_API size_t pv_content_disposition(int attachment, const char *name, size_t n,
 PV_API const char *pv_sniff(const uint8_t *data, size_t len);
 
 /* Types by extension (13.3). Built once, then only read: pv_mime_new has Go's built-in types; the caller adds those of
- * the system's files; pv_mime_seal puts the upstream binary's own list on top. Then any number of threads may look up. */
+ * the system's files; pv_mime_seal puts the upstream binary's own list on top. Then any thread may look up. */
 typedef struct pv_mime pv_mime;
 /* Gives a table; free with pv_mime_free. PV_ENOMEM. */
 PV_API int pv_mime_new(pv_mime **out) PV_WUR;
@@ -645,8 +645,8 @@ enum pv_get_result {
  * X-Amz-Request-Id, CORS, Connection (but see flags). Pairs named Content-Length or Transfer-Encoding are not sent:
  * a stored needle must not change how the bytes of an answer are framed.
  * Returns enum pv_get_result. Errors: PV_EBUFFER (a = bytes of buf that will do, b = entries of parts that will do),
- * PV_EINVAL (compressed needle without data, data_len of 2^63 or more, no random30 where one is needed). mime may be NULL
- * (no type by extension). */
+ * PV_EINVAL (compressed needle without data, data_len of 2^63 or more, no random30 where one is needed). mime may be
+ * NULL (no type by extension). */
 PV_API int pv_get_plan(const pv_get_req *req, const pv_get_needle *n, const pv_mime *mime, char *buf, size_t cap,
                        pv_body_part *parts, size_t max_parts, pv_plan *out, pv_errinfo *err) PV_WUR;
 
@@ -706,8 +706,8 @@ typedef struct pv_header {
 PV_API int pv_pairs_build(const pv_header *headers, size_t count, uint32_t *order, char *buf, size_t cap,
                           size_t *len) PV_WUR;
 /* Reads such JSON the way the reading side does (6.5): a value that is no string counts as "". *count: how many members
- * there are; the first max are stored, in order, repeated names kept. Names and values are decoded into buf (3 * n bytes
- * always do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
+ * there are; the first max are stored, in order, repeated names kept. Names and values are decoded into buf (3 * n
+ * bytes always do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
 PV_API int pv_pairs_parse(const char *json, size_t n, char *buf, size_t cap, pv_header *pairs, size_t max,
                           size_t *count, pv_errinfo *err) PV_WUR;
 
