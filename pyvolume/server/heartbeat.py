@@ -1,7 +1,7 @@
 """The heartbeat: tells a master what this server holds, and takes its orders (contract grpc.md 12).
 
 Must not import http_app or the gRPC handlers. Upstream: `weed/server/volume_grpc_client_to_master.go`,
-`weed/storage/store_volume_report.go`, `volume_report_hash.go`.
+`weed/storage/store_volume_report.go`.
 
 Threads: `heartbeat` owns the connection loop and builds every message; `heartbeat-recv` reads the responses of the
 stream that is open; grpcio's own thread takes messages from the outbox. One condition, `_wake`, guards the flags, the
@@ -20,9 +20,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import xxhash
 
 from pyvolume import log as glog
+from pyvolume.digest import report_hash
 from pyvolume.pb import master_pb2
 from pyvolume.server.address import http_address, same_server
 from pyvolume.server.rpc import MASTER_SERVICE, RpcFailure, failure_from, open_stream
@@ -44,44 +44,8 @@ GOODBYE_WAIT_S = 1.0
 MAX_QUEUED_DELTAS = 1024
 MAX_UNSENT_MESSAGES = 8
 
-_U32_MAX = (1 << 32) - 1
-_U64_MASK = (1 << 64) - 1
-_FOLD_FACTOR = 0x9E3779B97F4A7C15
-
 _DELTA_FIELDS = {"new": "new_volumes", "deleted": "deleted_volumes"}
 _SHORT_FIELDS = ("id", "collection", "replica_placement", "version", "ttl", "disk_type", "disk_id")
-
-
-def report_hash(info: Any) -> int:
-    """The hash of one reported volume: the master computes the same over what it keeps, so both can compare digests.
-
-    info has the fields of VolumeInformationMessage. remote_storage_key is not part of it.
-    """
-    head = b"".join(
-        (
-            info.id.to_bytes(4, "little"),
-            info.size.to_bytes(8, "little"),
-            min(info.file_count, _U32_MAX).to_bytes(8, "little"),
-            min(info.delete_count, _U32_MAX).to_bytes(8, "little"),
-            info.deleted_byte_count.to_bytes(8, "little"),
-            (info.replica_placement & 0xFF).to_bytes(4, "little"),
-            info.version.to_bytes(4, "little"),
-            (info.ttl if info.ttl >> 8 else 0).to_bytes(4, "little"),
-            info.compact_revision.to_bytes(4, "little"),
-            info.disk_id.to_bytes(4, "little"),
-            b"\x01" if info.read_only else b"\x00",
-        )
-    )
-    value = xxhash.xxh64_intdigest(head)
-    for part in (
-        (info.modified_at_second & _U64_MASK).to_bytes(8, "little"),
-        info.collection.encode(),
-        info.disk_type.encode(),
-        info.remote_storage_name.encode(),
-    ):
-        value = (value ^ xxhash.xxh64_intdigest(part)) * _FOLD_FACTOR & _U64_MASK
-        value ^= value >> 29
-    return value
 
 
 def short_message(info: Any) -> Any:
@@ -492,7 +456,7 @@ class Heartbeat:
             grpc_port=config.grpc_port,
             public_url=config.public_url,
             id=config.server_id,
-            max_file_key=store.max_file_key(),
+            max_file_key=max((info.max_file_key for info in infos), default=0),
             deleted_volumes=gone,
             has_no_volumes=full and not send,
             has_no_ec_shards=True,
@@ -503,7 +467,7 @@ class Heartbeat:
             kind, slots = location.disk_type, 0
             if not location.is_unavailable:
                 slots = max(0, location.effective_max)
-                usage = location.disk_usage()
+                usage = location.usage
                 beat.max_volume_counts[kind] += slots
                 beat.disk_total_bytes[kind] += usage.all_bytes
                 beat.disk_free_bytes[kind] += usage.free_bytes
