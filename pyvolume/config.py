@@ -314,6 +314,8 @@ class Flag:
     """Not empty: the flag is accepted but what it is for is not there yet; the text says what is missing."""
     ours: bool = False
     """A flag upstream does not have."""
+    asks: Callable[[Any], bool] | None = None
+    """Which values ask for what is not there yet; any but the default if None."""
 
     def default_value(self, environ: Mapping[str, str]) -> Any:
         return self.default(environ) if callable(self.default) else self.default
@@ -357,7 +359,13 @@ GLOBAL_FLAGS: tuple[Flag, ...] = (
 
 def _volume_flags() -> tuple[Flag, ...]:
     return (
-        Flag("compactionMBps", INT, 0, "limit of vacuum and copy speed in MiB/s, 0 for none"),
+        Flag(
+            "compactionMBps",
+            INT,
+            0,
+            "limit of vacuum and copy speed in MiB/s, 0 for none",
+            later="nothing is vacuumed or copied by this version",
+        ),
         Flag("concurrentDownloadLimitMB", INT, 0, "limit of bytes in flight to clients in MiB, 0 for none"),
         Flag("concurrentUploadLimitMB", INT, 0, "limit of bytes in flight from clients in MiB, 0 for none"),
         Flag("cpuprofile", STRING, "", "file for a CPU profile", later="no profile is written"),
@@ -368,22 +376,47 @@ def _volume_flags() -> tuple[Flag, ...]:
         Flag("dir.idx", STRING, "", "directory of the .idx files, if not beside the data"),
         Flag("disk", STRING, "", "disk type of each directory: hdd, ssd or any tag, type[,type]..."),
         Flag("fileSizeLimitMB", INT, 256, "largest upload in MiB"),
-        Flag("hasSlowRead", BOOL, True, "let large reads go piecewise, so that they do not hold up others"),
+        Flag("hasSlowRead", BOOL, True, "let large reads go piecewise (no effect here: reads never hold a lock)"),
         Flag("id", STRING, "", "name of this server towards masters (ip:port if empty)"),
         Flag("idleTimeout", INT, 30, "close HTTP connections without traffic after this many seconds"),
         Flag("images.fix.orientation", BOOL, False, "turn uploaded JPEGs upright by what their camera noted"),
-        Flag("index", STRING, "memory", "where the needle maps live: memory, leveldb, leveldbMedium or leveldbLarge"),
-        Flag("index.leveldbTimeout", INT, 0, "close the leveldb map of a volume not used for this many hours, 0 never"),
+        Flag(
+            "index",
+            STRING,
+            "memory",
+            "where the needle maps live: memory, leveldb, leveldbMedium or leveldbLarge",
+            later="all needle maps are kept in memory",
+            asks=lambda value: value in INDEX_KINDS[1:],
+        ),
+        Flag(
+            "index.leveldbTimeout",
+            INT,
+            0,
+            "close the leveldb map of a volume not used for this many hours, 0 never",
+            later="all needle maps are kept in memory",
+        ),
         Flag("inflightDownloadDataTimeout", DURATION, 60 * 10**9, "how long a download waits for room under its limit"),
         Flag("inflightUploadDataTimeout", DURATION, 60 * 10**9, "how long an upload waits for room under its limit"),
         Flag("ip", STRING, lambda _environ: detect_host_address(), "address or name announced to masters"),
         Flag("ip.bind", STRING, "", "address to listen on (that of -ip if empty)"),
-        Flag("maintenanceMBps", INT, 0, "limit of replication and balance copying in MiB/s, 0 for none"),
+        Flag(
+            "maintenanceMBps",
+            INT,
+            0,
+            "limit of replication and balance copying in MiB/s, 0 for none",
+            later="nothing is copied by this version",
+        ),
         Flag("master", STRING, "localhost:9333", "masters, host:port[,host:port]..."),
         Flag("max", STRING, "8", "largest number of volumes of each directory, n[,n]...; 0 goes by free space"),
         Flag("memprofile", STRING, "", "file for a memory profile", later="no profile is written"),
-        Flag("metricsIp", STRING, "", "address of the metrics listener (that of -ip.bind if empty)"),
-        Flag("metricsPort", INT, 0, "port for Prometheus, 0 for none"),
+        Flag(
+            "metricsIp",
+            STRING,
+            "",
+            "address of the metrics listener (that of -ip.bind if empty)",
+            later="there is no metrics listener",
+        ),
+        Flag("metricsPort", INT, 0, "port for Prometheus, 0 for none", later="there is no metrics listener"),
         Flag(
             "minFreeSpace",
             STRING,
@@ -414,14 +447,30 @@ def _volume_flags() -> tuple[Flag, ...]:
             BOOL,
             False,
             "let FetchAndWriteNeedle read from any address, loopback and metadata services included",
+            later="FetchAndWriteNeedle is not served",
         ),
         Flag("whiteList", STRING, "", "addresses and networks that may write and administer, all if empty"),
     )
 
 
 OUR_FLAGS: tuple[Flag, ...] = (
-    Flag("fastLane", BOOL, True, "serve plain reads and writes by threads outside of Python", ours=True),
-    Flag("fastLane.threads", NOT_NEGATIVE_INT, 0, "number of those threads (0 goes by the processors)", ours=True),
+    Flag(
+        "fastLane",
+        BOOL,
+        True,
+        "serve plain reads and writes by threads outside of Python",
+        later="all requests take the slow lane",
+        ours=True,
+        asks=bool,
+    ),
+    Flag(
+        "fastLane.threads",
+        NOT_NEGATIVE_INT,
+        0,
+        "number of those threads (0 goes by the processors)",
+        later="all requests take the slow lane",
+        ours=True,
+    ),
     Flag("guardPeers", BOOL, False, "put every state-changing RPC behind -whiteList, those of peers too", ours=True),
     Flag("offsetBytes", OFFSET_WIDTH, 4, "offset width of new volumes: 4 (to 32 GiB) or 5 (to 8 TiB)", ours=True),
     Flag("repairOnLoad", BOOL, True, "mend volumes that a crash left with an incomplete last record", ours=True),
@@ -811,7 +860,10 @@ def _parsed_flags(
     if rest:
         warnings.append(_stray_warning(rest, words))
     for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS):
-        if flag.later and flag.name in given and values[flag.name] != flag.default:
+        if not flag.later or flag.name not in given:
+            continue
+        value = values[flag.name]
+        if flag.asks(value) if flag.asks is not None else value != flag.default:
             warnings.append(f"-{flag.name} ({given[flag.name]}) is accepted but does nothing yet: {flag.later}")
     return ParsedFlags(dict(values), dict(given), tuple(warnings), _log_config(values))
 

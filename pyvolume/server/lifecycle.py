@@ -7,6 +7,8 @@ second signal ends the process at once) and S1 to S3.
 Threads: the main thread sleeps on the inbox of signals and does nothing else, so that a signal is always acted on. The
 thread `start` builds the server, `stop` takes it down, `reload` serves SIGHUP; only one of them runs at a time, but for
 a reload that a stop overtakes.
+
+The parts are imported where they are built: flags and settings that forbid a start are told before the slow imports.
 """
 
 from __future__ import annotations
@@ -28,16 +30,14 @@ from pyvolume.config import ConfigFatal, ParsedFlags, ServerConfig, build_config
 from pyvolume.errors import DirectoryInUse, PyvolumeError
 from pyvolume.security_config import START_STATUS, SecurityConfig, SecurityError, SecurityLoader
 from pyvolume.server.context import ServerContext
-from pyvolume.server.grpc.methods import RPCS
-from pyvolume.server.grpc.service import GrpcServer, make_grpc_server
-from pyvolume.server.heartbeat import Heartbeat
-from pyvolume.server.master_client import MasterClient, MasterConfiguration
 from pyvolume.server.signals import Inbox
-from pyvolume.storage.store import Store
 from pyvolume.version import full_version
 
 if TYPE_CHECKING:
+    from pyvolume.server.grpc.service import GrpcServer
     from pyvolume.server.http_app import HttpServer
+    from pyvolume.server.master_client import MasterClient, MasterConfiguration
+    from pyvolume.storage.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -135,12 +135,14 @@ class Process:
         security = self._checked_security(config)
         if config.ip_detected:
             _log.info("detected volume server ip address: %s", config.ip)
+        from pyvolume.server.heartbeat import Heartbeat
+        from pyvolume.server.master_client import MasterClient
+
         master = MasterClient(config)
         answer = self._ask_master(master)
         store = self._load_store(config)
-        context = ServerContext(
-            config=config, security=security, store=store, master=master, awaiting_master=answer is None
-        )
+        awaiting = answer is None and bool(master.seeds)
+        context = ServerContext(config=config, security=security, store=store, master=master, awaiting_master=awaiting)
         self.context = context
         context.heartbeat = Heartbeat(context, store, config)
         if answer is not None:
@@ -149,7 +151,7 @@ class Process:
         self._bind(context)
         self._inbox.defer()
         context.heartbeat.start()
-        if answer is None:
+        if context.awaiting_master:
             master.when_configured(self._apply_master, self._quit)
         assert self._grpc is not None and self._admin is not None
         self._grpc.start()
@@ -177,6 +179,8 @@ class Process:
         return security
 
     def _ask_master(self, master: MasterClient) -> MasterConfiguration | None:
+        if not master.seeds:
+            return None  # nobody to wait for; the heartbeat says so
         answer = master.wait_for_configuration(MASTER_WAIT_S, self._quit)
         if answer is None:
             _log.warning("no master answered within %g seconds: going on, its settings follow later", MASTER_WAIT_S)
@@ -194,6 +198,8 @@ class Process:
             _log.warning("metrics are not pushed to %s: there are no metrics yet", answer.metrics_address)
 
     def _load_store(self, config: ServerConfig) -> Store:
+        from pyvolume.storage.store import Store
+
         progress = Progress()
         try:
             store = Store(config)
@@ -223,6 +229,8 @@ class Process:
 
     @staticmethod
     def _bind_grpc(context: ServerContext) -> GrpcServer:
+        from pyvolume.server.grpc.service import make_grpc_server
+
         config = context.config
         prefix = f"failed to listen on grpc port {config.grpc_port}"
         reason = bind_refusal(config.bind_ip, config.grpc_port)
@@ -393,6 +401,8 @@ def bind_refusal(host: str, port: int) -> str | None:
 def _warn_open_calls(config: ServerConfig, security: SecurityConfig) -> None:
     """Departure S3: a white list alone does not guard the calls that peers make."""
     if security.white_list and not config.guard_peers:
+        from pyvolume.server.grpc.methods import RPCS
+
         open_calls = [rpc.name for rpc in RPCS.values() if rpc.changes and not rpc.guarded]
         _log.warning(
             "the white list does not cover calls that other volume servers make: %s are open to everyone who reaches "

@@ -340,9 +340,16 @@ def test_flags_that_do_nothing_yet_warn_when_set() -> None:
         other = {"": "true", "int": "7", "string": "x", "value": "1", "uint": "7", "duration": "7s"}[flag.kind.word]
         if flag.name in ("options", "offsetBytes", "vmodule", "log_backtrace_at"):
             continue
+        if flag.name == "index":
+            other = "leveldb"
         warnings = parse_flags([f"-{flag.name}={other}"], {}).warnings
         expected = [f"-{flag.name} (command line) is accepted but does nothing yet: {flag.later}"] if flag.later else []
         assert list(warnings) == expected
+
+
+@pytest.mark.parametrize("word", ["-fastLane=false", "-index=redb", "-index=memory", "-metricsPort=0", "-pprof=false"])
+def test_no_warning_for_a_value_that_is_honoured(word: str) -> None:
+    assert parse_flags([word], {}).warnings == ()
 
 
 # --- forms of calls --------------------------------------------------------------------------------------------------
