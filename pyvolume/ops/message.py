@@ -104,6 +104,8 @@ class Request:
     peer_ip: str = ""
     request_id: str = ""
     body: Callable[[], Buffer] = bytes
+    body_error: str | None = None  # why the body is shorter than promised, in Go's words
+    admitted: bool = False  # the download limit was looked at when the head arrived
     client_gone: Callable[[], bool] = bool
     form_fields: Callable[[], dict[bytes, bytes]] | None = None  # of a multipart body, for reads and deletes
     _query: Query | None = None

@@ -57,7 +57,7 @@ Source = Callable[[int, int], Iterator[Buffer]]
 
 def get(ops: Ops, request: Request) -> Response:
     """Answers a GET or HEAD of the catch-all route. Blocks on disk, and on peers where the answer comes from there."""
-    if ops.downloads.over_limit():
+    if not request.admitted and ops.downloads.over_limit():
         refusal = _over_limit(ops, request)
         if refusal is not None:
             return refusal

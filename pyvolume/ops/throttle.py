@@ -1,7 +1,7 @@
-"""Bytes in flight and the limits on them (contract http.md 5.4, departures A6).
+"""Bytes in flight and the limits on them (contract http.md 5.4, departures A6), and slots for network-bound requests.
 
 A ByteGate counts the bytes of requests that were let in. Over the limit a request waits until enough others have
-ended, at most `timeout_s`; the number of waiters is bounded, since each holds a worker thread. Must not import server
+ended: as a Waiter, which holds no thread, or blocking, where a worker has the request already. Must not import server
 or storage.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-_GONE_POLL_S = 0.25  # how often a waiter looks whether its client has left
+_GONE_POLL_S = 0.25  # how often a blocked waiter looks whether its client has left
 
 
 class Verdict(Enum):
@@ -32,16 +33,49 @@ class Waited:
     in_flight: int
 
 
+class Waiter:
+    """A place in a queue. `admit` is called once, on the thread that made room, without a lock held; after that what
+    the waiter stands for is counted in."""
+
+    __slots__ = ("admit", "count", "left")
+
+    def __init__(self, count: int, admit: Callable[[], None]) -> None:
+        self.count = count
+        self.admit = admit
+        self.left = False
+
+
+class _Queue:
+    """Waiters in order of arrival. Those that left are skipped; all methods with the owner's lock held."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Waiter] = deque()
+
+    def __bool__(self) -> bool:
+        while self._waiting and self._waiting[0].left:
+            self._waiting.popleft()
+        return bool(self._waiting)
+
+    def add(self, waiter: Waiter) -> None:
+        self._waiting.append(waiter)
+
+    def next(self) -> Waiter:
+        waiter = self._waiting.popleft()
+        waiter.left = True
+        return waiter
+
+
 class ByteGate:
     """Counts bytes in flight against a limit (0 = none). Thread-safe; holds its lock only to count."""
 
-    def __init__(self, limit_bytes: int, timeout_s: float, max_waiters: int) -> None:
+    def __init__(self, limit_bytes: int, timeout_s: float, max_blocked: int) -> None:
         self.limit_bytes = limit_bytes
         self.timeout_s = timeout_s
-        self._max_waiters = max_waiters
+        self._max_blocked = max_blocked
         self._changed = threading.Condition(threading.Lock())
         self._in_flight = 0
-        self._waiters = 0
+        self._blocked = 0
+        self._queue = _Queue()
 
     @property
     def in_flight(self) -> int:
@@ -58,33 +92,57 @@ class ByteGate:
             self._in_flight += count
 
     def remove(self, count: int) -> None:
-        """Counts bytes out and wakes the waiters."""
+        """Counts bytes out and lets waiters in as far as the limit goes."""
+        admitted = []
         with self._changed:
             self._in_flight -= count
-            if self._waiters:
+            while self._queue and not self.over_limit():
+                waiter = self._queue.next()
+                self._in_flight += waiter.count
+                admitted.append(waiter)
+            if self._blocked:
                 self._changed.notify_all()
+        for waiter in admitted:
+            waiter.admit()
 
-    def try_enter(self, count: int, *, exempt: bool = False) -> bool:
+    def enter(self, count: int, *, exempt: bool = False) -> bool:
         """Counts `count` in if the limit permits it now (or the request is exempt). Never blocks."""
         with self._changed:
-            if not exempt and self.limit_bytes and self._in_flight > self.limit_bytes:
+            if not exempt and self.over_limit():
                 return False
             self._in_flight += count
             return True
 
-    def wait(self, client_gone: Callable[[], bool], *, count: int = 0, deadline_s: float | None = None) -> Waited:
-        """Blocks until the count is within the limit; then counts `count` in, in the same step.
-
-        deadline_s is a time.monotonic() value; without it the gate's own timeout runs from now. A request that finds
-        as many others waiting as the bound allows is refused at once, as if its time were up.
-        """
-        deadline = time.monotonic() + self.timeout_s if deadline_s is None else deadline_s
+    def queue(self, waiter: Waiter) -> bool:
+        """Queues a waiter for its count. True: there was room after all and it is counted in, `admit` is not called."""
         with self._changed:
-            if self._in_flight > self.limit_bytes and self._waiters >= self._max_waiters:
+            if not self.over_limit():
+                self._in_flight += waiter.count
+                waiter.left = True
+                return True
+            self._queue.add(waiter)
+            return False
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Takes a waiter out. False: it was admitted already, and its bytes are counted."""
+        with self._changed:
+            if waiter.left:
+                return False
+            waiter.left = True
+            return True
+
+    def wait(self, client_gone: Callable[[], bool]) -> Waited:
+        """Blocks until the count is within the limit, at most for the gate's time-out. Counts nothing in.
+
+        Each waiter holds a thread, so beyond a bound of them a request is refused as if its time were up.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        with self._changed:
+            if self.over_limit() and self._blocked >= self._max_blocked:
                 return Waited(Verdict.TIMEOUT, self._in_flight)
-            self._waiters += 1
+            self._blocked += 1
             try:
-                while self.limit_bytes and self._in_flight > self.limit_bytes:
+                while self.over_limit():
                     seen = self._in_flight
                     left = deadline - time.monotonic()
                     if left <= 0:
@@ -92,7 +150,52 @@ class ByteGate:
                     self._changed.wait(min(left, _GONE_POLL_S))
                     if client_gone():
                         return Waited(Verdict.GONE, seen)
-                self._in_flight += count
                 return Waited(Verdict.ADMITTED, self._in_flight)
             finally:
-                self._waiters -= 1
+                self._blocked -= 1
+
+
+class Slots:
+    """How many requests may wait for other servers at a time.
+
+    It is less than there are workers, so that some are always left for requests that this server answers alone: those
+    that other servers wait for. Otherwise two servers that replicate to each other could wait for each other with all
+    their workers.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._queue = _Queue()
+
+    @property
+    def taken(self) -> int:
+        return self._taken
+
+    def take(self, waiter: Waiter) -> bool:
+        """Takes a slot (True), or queues the waiter, whose `admit` is called when it has one."""
+        with self._lock:
+            if self._taken < self.limit:
+                self._taken += 1
+                waiter.left = True
+                return True
+            self._queue.add(waiter)
+            return False
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Takes a waiter out of the queue. False: it has a slot, which must be given back."""
+        with self._lock:
+            if waiter.left:
+                return False
+            waiter.left = True
+            return True
+
+    def give(self) -> None:
+        """Gives a slot back, to the first waiter if there is one."""
+        with self._lock:
+            if not self._queue:
+                self._taken -= 1
+                return
+            waiter = self._queue.next()
+        waiter.admit()

@@ -68,7 +68,10 @@ def refuse_early(ops: Ops, request: Request) -> Response | None:
 
 
 def put(ops: Ops, request: Request) -> Response:
-    """Answers a POST or PUT whose bytes are counted already. Blocks on disk and on peers."""
+    """Answers a POST or PUT whose bytes are counted already. Blocks on disk and on peers.
+
+    A body that broke off is refused, unless the file in a multipart body was complete before that.
+    """
     if not ops.guard.allows(request.peer_ip):
         return empty(401)
     try:
@@ -92,6 +95,8 @@ def put(ops: Ops, request: Request) -> Response:
         return refusal_or_none
     try:
         upload = parse(ops, request, parameters, body)
+        if request.body_error is not None and not upload.multipart:
+            raise native.UploadError(request.body_error.encode())
         needle_id, cookie = native.parse_fid(native.write_fid(request.url.path))
     except (native.UploadError, native.IdError) as exc:
         ops.events.write_failure()
@@ -130,6 +135,7 @@ class Upload:
     needle: NeedleIn
     reported_size: int  # bytes received, unpacked
     md5: bytes  # base64, only if the client sent one
+    multipart: bool
 
 
 def parse(ops: Ops, request: Request, parameters: Query, body: Buffer) -> Upload:
@@ -182,7 +188,7 @@ def parse(ops: Ops, request: Request, parameters: Query, body: Buffer) -> Upload
     needle.last_modified_s = native.parse_ts(parameters.get(b"ts")) or int(time.time())
     if ops.config.fix_orientation and _is_jpeg(found.name, found.mime):
         needle.data = images.upright(data if isinstance(data, bytes | memoryview) else bytes(data))
-    return Upload(needle, size, md5)
+    return Upload(needle, size, md5, found.is_multipart)
 
 
 def _measure(data: Buffer, *, wanted: bool) -> tuple[int, Buffer]:

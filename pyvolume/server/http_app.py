@@ -1,0 +1,488 @@
+"""The HTTP ports: WSGI applications of the admin and the public port, and the servers that run them.
+
+Routes, common headers and framing are decided here (contract http.md 2, 3, 12); what a needle request means is decided
+in ops. Needle paths go straight to ops; everything else is routed by Werkzeug. May import ops, storage and the other
+parts of server except lifecycle.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import mmap
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+from waitress.channel import ClientDisconnected
+from werkzeug.exceptions import HTTPException
+from werkzeug.formparser import FormDataParser
+from werkzeug.routing import Map, Rule
+
+from pyvolume._native import http as native
+from pyvolume.ops import delete, gojson, read, write
+from pyvolume.ops.auth import Guard
+from pyvolume.ops.context import Deleted, Events, Location, Ops
+from pyvolume.ops.message import JSON_HEADERS, TEXT_HEADERS, Buffer, Query, Request, Response, empty, json_error
+from pyvolume.ops.peers import PeerClient
+from pyvolume.ops.throttle import ByteGate, Slots
+from pyvolume.server import http_pages
+from pyvolume.server.address import join_host_port, with_grpc_port
+from pyvolume.server.http_admission import ADMITTED_KEY, URL_KEY, AdminAdmission, PublicAdmission
+from pyvolume.server.rpc import VOLUME_SERVICE
+from pyvolume.server.waitress_ext import Refusal, RequestHead, VolumeHTTPServer, create_server, status_line
+from pyvolume.version import server_header
+
+if TYPE_CHECKING:
+    from pyvolume.server.context import ServerContext
+
+log = logging.getLogger(__name__)
+
+ADMIN_THREADS = 64
+PUBLIC_THREADS = 32
+RESERVED_THREADS = 16
+"""Of the admin port's workers: never taken by requests that wait for other servers."""
+MAX_BLOCKED = 16
+"""Reads that may wait for the download limit on a worker; most wait without one."""
+BODY_BYTES_IN_MEMORY = 256 << 20
+"""Request bodies of one port in memory at a time; further ones wait, large ones are kept in a file."""
+BATCH_DELETE_TIMEOUT_S = 60.0
+_ADMIN_METHODS = "PUT, POST, GET, DELETE, OPTIONS"
+_PUBLIC_METHODS = "GET, OPTIONS"
+
+StartResponse = Callable[..., Any]
+
+
+class _Cluster:
+    """What ops needs of masters and peers, by the master client and its channels."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    def lookup_volume(self, vid: int, *, request_id: str = "") -> Sequence[Location]:
+        return self._context.master.lookup_volume(vid, request_id=request_id)
+
+    def invalidate(self, vid: int) -> None:
+        self._context.master.invalidate(vid)
+
+    def batch_delete(self, location: Location, fids: Sequence[str], *, request_id: str = "") -> Sequence[Deleted]:
+        from pyvolume.pb import volume_server_pb2
+
+        answer = self._context.master.channels.unary(
+            with_grpc_port(location.url, location.grpc_port),
+            VOLUME_SERVICE,
+            "BatchDelete",
+            volume_server_pb2.BatchDeleteRequest(file_ids=list(fids), skip_cookie_check=True),
+            timeout_s=BATCH_DELETE_TIMEOUT_S,
+            request_id=request_id,
+        )
+        return [Deleted(result.file_id, result.error) for result in answer.results]
+
+
+def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
+    """The operations context of a server: one for both of its ports."""
+    config = context.config
+    ops = Ops(
+        config=config,
+        security=lambda: context.security,
+        store=context.store,
+        cluster=_Cluster(context),
+        peers=PeerClient(None, _source_ip(config.bind_ip)),
+        mime=native.MimeTable.from_system(),
+        uploads=ByteGate(config.upload_limit_bytes, config.upload_wait_s, MAX_BLOCKED),
+        downloads=ByteGate(config.download_limit_bytes, config.download_wait_s, MAX_BLOCKED),
+        guard=Guard(lambda: context.security),
+        events=events if events is not None else Events(),
+        self_url=join_host_port(config.ip, config.port),
+    )
+    ops.fetch_self = lambda request: _SelfFetched(read.get(ops, request))
+    return ops
+
+
+def _source_ip(bind_ip: str) -> str | None:
+    """The address that outgoing connections come from: -ip.bind if it is one particular address."""
+    try:
+        address = ipaddress.ip_address(bind_ip)
+    except ValueError:
+        return None
+    return None if address.is_unspecified or address.is_loopback else bind_ip
+
+
+class _SelfFetched:
+    """This server's own answer to a chunk request, in the shape of a peer's."""
+
+    def __init__(self, response: Response) -> None:
+        self.status = response.status
+        self._body = response.body
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        pieces: Iterable[Buffer] = (
+            (self._body,) if isinstance(self._body, bytes | bytearray | memoryview) else self._body
+        )
+        for piece in pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), size):
+                yield bytes(view[start : start + size])
+
+    def close(self) -> None:
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
+
+
+# ------------------------------------------------------------------------------------------------------- applications
+
+
+class App:
+    """One port's WSGI application."""
+
+    def __init__(self, context: ServerContext, ops: Ops, counts: http_pages.ReadCounts, *, public: bool) -> None:
+        self._context = context
+        self._ops = ops
+        self._counts = counts
+        self._public = public
+        self._server = server_header(context.config.offset_bytes)
+        self._methods = _PUBLIC_METHODS if public else _ADMIN_METHODS
+        rules = [Rule("/favicon.ico", endpoint="static"), Rule("/seaweedfsstatic/<path:name>", endpoint="static")]
+        rules.append(Rule("/seaweedfsstatic/", endpoint="static", defaults={"name": ""}))
+        if not public:
+            rules += [
+                Rule("/status", endpoint="status"),
+                Rule("/healthz", endpoint="health"),
+                Rule("/readyz", endpoint="health"),
+            ]
+            security = context.security
+            if not security.jwt_write_key or security.ui_access:
+                rules.append(Rule("/ui/index.html", endpoint="ui"))
+        self._routes = Map(rules, strict_slashes=True, merge_slashes=False, redirect_defaults=False)
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[Buffer]:
+        head: RequestHead = environ["pyvolume.head"]
+        path, method = head.path, environ["REQUEST_METHOD"]
+        url: native.UrlPath | None = environ.get(URL_KEY)
+        if url is None:
+            try:
+                url = native.parse_url(path)
+            except native.BadEscape:
+                return _plain_refusal(start_response, "400 Bad Request")
+        if (url.unclean or path == b"/seaweedfsstatic") and method != "CONNECT":
+            return _redirect_to_clean(start_response, method, path, head.query)
+        if url.kind is native.UrlKind.DROP:
+            raise ClientDisconnected  # upstream dies here and says nothing; the connection is closed
+        if self.is_page(path):
+            return self._page(environ, start_response, path, head.query)
+        return self._needle(environ, start_response, head, url)
+
+    # -- needles --------------------------------------------------------------------------------------------------
+
+    def _needle(
+        self,
+        environ: dict[str, Any],
+        start_response: StartResponse,
+        head: RequestHead,
+        url: native.UrlPath,
+    ) -> Iterable[Buffer]:
+        started = time.monotonic()
+        method: str = environ["REQUEST_METHOD"]
+        headers = {name.lower(): value for name, value in reversed(head.headers)}
+        request = Request(
+            method=method,
+            target_path=head.path,
+            raw_query=head.query,
+            headers=headers,
+            url=url,
+            raw_headers=head.headers,
+            peer_ip=head.peer[0],
+            request_id=new_request_id(),
+            body=lambda: _body(environ),
+            client_gone=environ["pyvolume.client_gone"],
+            admitted=environ.get(ADMITTED_KEY, False),
+        )
+        if environ["pyvolume.body_error"] is not None:
+            request.body_error = str(environ["pyvolume.body_error"])
+        if headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data"):
+            request.form_fields = lambda: _form_fields(environ)
+        events = self._ops.events
+        if not self._public:
+            events.request_begins(method)
+        label = method
+        try:
+            if method in ("GET", "HEAD"):
+                self._counts.count()
+                response = read.get(self._ops, request)
+            elif method == "OPTIONS":
+                self._counts.count()
+                allow = [("Access-Control-Allow-Methods", self._methods), ("Access-Control-Allow-Headers", "*")]
+                response = Response(200, allow)
+            elif self._public:
+                response = empty(200)
+            elif method in ("POST", "PUT"):
+                response = write.put(self._ops, request)
+            elif method == "DELETE":
+                response = delete.delete(self._ops, request)
+            else:
+                label = "INVALID"
+                response = json_error(request, 400, f"unsupported method {method}")
+        except Exception:  # the top of this request: the client gets an answer, the log gets the trace
+            log.exception("%s %s failed", method, environ["REQUEST_URI"])
+            response = empty(500)
+        finally:
+            if not self._public:
+                events.in_flight_ended(method)
+        events.request_ended(label, response.status, time.monotonic() - started)
+        return _framed(start_response, self._complete(request, response))
+
+    def _complete(self, request: Request, response: Response) -> Response:
+        """Adds the headers that every answer of the catch-all routes has."""
+        headers, has = response.headers, response.has
+        if "server" not in has:
+            headers.append(("Server", self._server))
+        if "x-amz-request-id" not in has:
+            headers.append(("X-Amz-Request-Id", request.request_id))
+        if request.headers.get(b"origin"):
+            if "access-control-allow-origin" not in has:
+                headers.append(("Access-Control-Allow-Origin", "*"))
+            if "access-control-allow-credentials" not in has:
+                headers.append(("Access-Control-Allow-Credentials", "true"))
+        if response.close_connection and "connection" not in has:
+            headers.append(("Connection", "close"))
+        return response
+
+    def refusal(self, request: Request, response: Response) -> Refusal:
+        """An answer that is given at the head of a request, complete and counted."""
+        request.request_id = new_request_id()
+        self._ops.events.request_ended(request.method, response.status, 0.0)
+        body = response.body if isinstance(response.body, bytes) else b""
+        return Refusal(response.status, tuple(self._complete(request, response).headers), body)
+
+    # -- pages ----------------------------------------------------------------------------------------------------
+
+    def is_page(self, path: bytes) -> bool:
+        """Whether an escaped path is one of the fixed routes; everything else is the catch-all's."""
+        return not path[1:2].isdigit() and self._match(path) is not None
+
+    def _match(self, path: bytes) -> tuple[str, str] | None:
+        """(endpoint, name of a static file) of a path of the fixed routes."""
+        try:
+            endpoint, values = self._routes.bind("", "/").match(unquote_to_bytes(path).decode())
+        except (HTTPException, UnicodeDecodeError):
+            return None
+        return endpoint, values.get("name", "favicon.ico")
+
+    def _page(
+        self, environ: dict[str, Any], start_response: StartResponse, path: bytes, query: bytes
+    ) -> Iterable[Buffer]:
+        """The fixed routes. Any method is answered like GET."""
+        matched = self._match(path)
+        assert matched is not None
+        endpoint, name = matched
+        if endpoint == "static":
+            return http_pages.static_file(name, environ)(environ, start_response)
+        headers = [("Server", self._server), ("X-Amz-Request-Id", new_request_id())]
+        if endpoint == "health":
+            return _framed(start_response, self._health(headers))
+        if endpoint == "ui":
+            headers.append(("Content-Type", "text/html; charset=utf-8"))
+            page = http_pages.ui_page(self._context, self._counts)
+            return _framed(start_response, Response(200, headers, page))
+        headers += JSON_HEADERS
+        document = gojson.dumps(http_pages.status(self._context), pretty=bool(Query(query).get(b"pretty")))
+        return _framed(start_response, Response(200, headers, document))
+
+    def _health(self, headers: list[tuple[str, str]]) -> Response:
+        """200 or 503, empty. Departure P1: while no master has answered yet, the 200 says so in its body."""
+        if not self._context.healthy:
+            return Response(503, headers)
+        if self._context.awaiting_master:
+            return Response(200, [*headers, *TEXT_HEADERS], b"no master has answered yet\n")
+        return Response(200, headers)
+
+
+# ------------------------------------------------------------------------------------------------------------ servers
+
+
+class HttpServer:
+    """One listener: its socket is bound when this is made, it serves while `run` runs."""
+
+    def __init__(self, server: VolumeHTTPServer, close: Callable[[], None]) -> None:
+        self._server = server
+        self._close = close
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    @property
+    def server(self) -> VolumeHTTPServer:
+        """The wire server, for a lane that hands connections over."""
+        return self._server
+
+    def run(self) -> None:
+        """Serves on this thread until `stop`."""
+        self._server.run()
+
+    def stop(self, deadline_s: float) -> None:
+        """Lets requests under way end within deadline_s, then cuts them. Blocks until the listener is down."""
+        self._server.stop(deadline_s)
+        self._close()
+
+
+@dataclass
+class _Shared:
+    """What both ports of a server have in common."""
+
+    ops: Ops
+    slots: Slots
+    counts: http_pages.ReadCounts
+    listeners: int = 0
+
+    def close_one(self) -> None:
+        """One listener is down; with the last one the helpers go."""
+        self.listeners -= 1
+        if self.listeners <= 0:
+            self.ops.close()
+
+
+_shared: list[tuple[ServerContext, _Shared]] = []
+_shared_lock = threading.Lock()
+
+
+def _shared_of(context: ServerContext) -> _Shared:
+    """The shared parts of this server, made by the first of its ports."""
+    with _shared_lock:
+        parts = next((parts for known, parts in _shared if known is context), None)
+        if parts is None:
+            parts = _Shared(make_ops(context), Slots(ADMIN_THREADS - RESERVED_THREADS), http_pages.ReadCounts())
+            _shared.append((context, parts))
+        parts.listeners += 1
+        return parts
+
+
+def _forget(context: ServerContext, parts: _Shared) -> None:
+    with _shared_lock:
+        parts.close_one()
+        if parts.listeners <= 0:
+            _shared[:] = [pair for pair in _shared if pair[1] is not parts]
+
+
+def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServer:
+    parts = _shared_of(context)
+    app = App(context, parts.ops, parts.counts, public=public)
+    admin = AdminAdmission(parts.ops, parts.slots, app.is_page, app.refusal)
+    admission = PublicAdmission(admin) if public else admin
+    config = context.config
+    try:
+        server = create_server(
+            app,
+            host=config.bind_ip,
+            port=port,
+            threads=PUBLIC_THREADS if public else ADMIN_THREADS,
+            idle_timeout_s=config.idle_timeout_s,
+            max_inflight_body_bytes=BODY_BYTES_IN_MEMORY,
+            admission=admission,
+        )
+    except BaseException:
+        _forget(context, parts)
+        raise
+    admission.bind(server)
+    return HttpServer(server, lambda: _forget(context, parts))
+
+
+def make_admin_server(context: ServerContext) -> HttpServer:
+    """Binds the admin port. Raises OSError."""
+    return _make_server(context, context.config.port, public=False)
+
+
+def make_public_server(context: ServerContext) -> HttpServer:
+    """Binds the public port. Raises OSError."""
+    return _make_server(context, context.config.public_port, public=True)
+
+
+def make_admin_app(context: ServerContext) -> App:
+    """The WSGI application of the admin port alone, with parts of its own."""
+    return App(context, make_ops(context), http_pages.ReadCounts(), public=False)
+
+
+def make_public_app(context: ServerContext) -> App:
+    """The WSGI application of the public port alone, with parts of its own."""
+    return App(context, make_ops(context), http_pages.ReadCounts(), public=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+_random = random.SystemRandom()
+
+
+def new_request_id() -> str:
+    """X-Amz-Request-Id of one request, always of our own making."""
+    return native.request_id(time.time_ns(), _random.getrandbits(32))
+
+
+def _framed(start_response: StartResponse, response: Response) -> Iterable[Buffer]:
+    """Starts the response. Framing not given here is the wire's: Content-Length for short bodies, else chunks."""
+    headers, body = response.headers, response.body
+    if response.length is not None and not any(name == "Content-Length" for name, _ in headers):
+        headers.append(("Content-Length", str(response.length)))
+    start_response(status_line(response.status), headers)
+    if isinstance(body, bytes | bytearray | memoryview):
+        return (body,)
+    return body
+
+
+def _plain_refusal(start_response: StartResponse, text: str) -> Iterable[Buffer]:
+    """What Go's server says below the handlers; it closes the connection."""
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Connection", "close")]
+    return _framed(start_response, Response(400, headers, text.encode()))
+
+
+def _redirect_to_clean(start_response: StartResponse, method: str, path: bytes, query: bytes) -> Iterable[Buffer]:
+    """307 to the path without empty and dot elements. Only GET and HEAD get a type, and GET a body."""
+    location = clean_path(path) + (b"?" + query if query else b"")
+    text = "".join(chr(byte) if byte < 0x80 else f"%{byte:02x}" for byte in location)
+    headers = [("Location", text)]
+    body = b""
+    if method in ("GET", "HEAD"):
+        headers.append(("Content-Type", "text/html; charset=utf-8"))
+    if method == "GET":
+        shown = escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+        body = f'<a href="{shown}">Temporary Redirect</a>.\n\n'.encode()
+    return _framed(start_response, Response(307, headers, body))
+
+
+def clean_path(path: bytes) -> bytes:
+    """A path with one slash between elements, `.` and `..` resolved, a trailing slash kept."""
+    if path == b"/seaweedfsstatic":
+        return path + b"/"
+    kept: list[bytes] = []
+    for element in path.split(b"/"):
+        if element == b"..":
+            if kept:
+                kept.pop()
+        elif element not in (b"", b"."):
+            kept.append(element)
+    cleaned = b"/" + b"/".join(kept)
+    return cleaned + b"/" if path.endswith(b"/") and cleaned != b"/" else cleaned
+
+
+def _body(environ: dict[str, Any]) -> Buffer:
+    """The whole request body without a copy: a view of memory, or of the file it was kept in."""
+    body: Buffer | None = environ["pyvolume.body"]
+    if body is not None:
+        return body
+    descriptor = environ["wsgi.input"].fileno()
+    if not os.fstat(descriptor).st_size:
+        return b""
+    return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+
+
+def _form_fields(environ: dict[str, Any]) -> dict[bytes, bytes]:
+    """Fields of a multipart body, first value of each: Go's FormValue sees them on reads and deletes."""
+    parser = FormDataParser(silent=True)
+    _, form, _ = parser.parse_from_environ(environ)
+    return {name.encode(): value.encode() for name, value in form.items()}

@@ -1,0 +1,307 @@
+"""Pages about the server itself: /status, the UI page, and the static files it uses (contract http.md 12).
+
+Markup and assets are our own. Static files go through Werkzeug for ranges. Must not import http_app.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.wrappers import Response as PageResponse
+
+from pyvolume.errors import StorageError
+from pyvolume.ops import gojson
+from pyvolume.storage.disk_space import disk_usage
+from pyvolume.types import Ttl, readable_disk_type
+from pyvolume.version import full_version
+
+if TYPE_CHECKING:
+    from pyvolume.server.context import ServerContext
+    from pyvolume.storage.volume import Volume
+
+# ------------------------------------------------------------------------------------------------------------ /status
+
+
+def status(context: ServerContext) -> dict[str, Any]:
+    """The document of /status. Asks every disk for its figures; blocks as long as they do."""
+    volumes = [volume for volume in (_volume(each) for each in context.store.volumes()) if volume is not None]
+    volumes.sort(key=lambda volume: int(volume["Id"]))
+    return {
+        "DiskStatuses": [_disk(location) for location in context.store.locations],
+        "Version": full_version(context.config.offset_bytes),
+        "Volumes": volumes or None,
+    }
+
+
+def _disk(location: Any) -> dict[str, Any]:
+    """One directory; figures that are zero and an empty error are left out."""
+    directory = os.path.abspath(location.directory)
+    out: dict[str, Any] = {"dir": directory}
+    try:
+        usage = disk_usage(directory)
+    except OSError as exc:
+        return {**out, "error": str(exc)}
+    figures = {
+        "all": usage.all_bytes,
+        "used": usage.used_bytes,
+        "free": usage.free_bytes,
+        "percent_free": gojson.float32(usage.percent_free),
+        "percent_used": gojson.float32(usage.percent_used),
+    }
+    out |= {name: value for name, value in figures.items() if value}
+    kind = readable_disk_type(location.disk_type)
+    if kind != "hdd":
+        out["disk_type"] = kind
+    return out
+
+
+def _volume(volume: Volume) -> dict[str, Any] | None:
+    """One volume in upstream's order of fields; None for one that is just being closed."""
+    try:
+        info = volume.to_info()
+    except StorageError:
+        return None
+    if info is None:
+        return None
+    placement = volume.replica_placement
+    parts = {"node": placement.node, "rack": placement.rack, "dc": placement.dc}
+    ttl = Ttl.from_u32(info.ttl)
+    return {
+        "Collection": info.collection,
+        "DiskType": info.disk_type,
+        "RemoteStorageName": info.remote_storage_name,
+        "ReplicaPlacement": {name: count for name, count in parts.items() if count},
+        "Ttl": {"Count": ttl.count, "Unit": ttl.unit},
+        "Size": volume.content_bytes,
+        "DeletedByteCount": info.deleted_byte_count,
+        "ModifiedAtSecond": info.modified_at_second,
+        "Id": info.id,
+        "DiskId": info.disk_id,
+        "CompactRevision": info.compact_revision,
+        "FileCount": info.file_count,
+        "DeleteCount": info.delete_count,
+        "Version": info.version,
+        "ReadOnly": info.read_only,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- the UI
+
+
+class ReadCounts:
+    """Requests per minute of the last hour, per hour of the last day, per day of the last week. Counting is lock-free
+    and may lose a few under contention: it feeds a page for people."""
+
+    _SPANS = (("Last Minute", 1, 60), ("Hourly", 60, 60), ("Daily", 3600, 24), ("Weekly", 86400, 7))
+
+    def __init__(self) -> None:
+        self._slots = [[0] * count for _, _, count in self._SPANS]
+        self._latest = [int(time.time()) // seconds for _, seconds, _ in self._SPANS]
+        self._second = 0
+        self._pending = 0
+
+    def count(self) -> None:
+        """One more request now."""
+        now = int(time.time())
+        if now == self._second:
+            self._pending += 1
+            return
+        self._fold(now)
+        self._pending = 1
+
+    def _fold(self, now: int) -> None:
+        pending, second = self._pending, self._second
+        self._pending, self._second = 0, now
+        for span, (_, seconds, count) in enumerate(self._SPANS):
+            slots = self._slots[span]
+            if second:
+                slots[second // seconds % count] += pending
+            latest, current = self._latest[span], now // seconds
+            for gone in range(max(latest + 1, current - count + 1), current + 1):
+                slots[gone % count] = 0
+            self._latest[span] = current
+
+    def series(self) -> Iterable[tuple[str, list[int]]]:
+        """(name, counts from oldest to newest) of each span, the longest first."""
+        self._fold(int(time.time()))
+        for span in reversed(range(len(self._SPANS))):
+            name, _, count = self._SPANS[span]
+            latest = self._latest[span]
+            yield name, [self._slots[span][(latest + 1 + place) % count] for place in range(count)]
+
+
+def _size(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.2f} {unit}"
+    return f"{value / 1024:.2f} PiB"
+
+
+def _up_time(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    minutes, left = divmod(rest, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{left}s"
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<h2>{escape(title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+
+
+def ui_page(context: ServerContext, counts: ReadCounts) -> bytes:
+    """The page of /ui/index.html. Blocks on the disks as `status` does."""
+    document = status(context)
+    version = escape(document["Version"])
+    disks = [
+        (
+            disk["dir"],
+            disk.get("disk_type", "hdd"),
+            _size(disk.get("all", 0)),
+            _size(disk.get("free", 0)),
+            f"{disk.get('percent_used', 0.0):.2f}%",
+        )
+        for disk in document["DiskStatuses"]
+    ]
+    system: list[tuple[str, str]] = [("Masters", f"[{' '.join(context.config.masters)}]")]
+    system += [(f"{name} # ReadRequests", ",".join(map(str, series))) for name, series in counts.series()]
+    system.append(("Up Time", _up_time(int(time.time() - context.started_at_s))))
+    volumes, remote = [], []
+    for row in document["Volumes"] or ():
+        trash = f"{row['DeleteCount']} / {_size(row['DeletedByteCount'])}"
+        ttl = str(Ttl(row["Ttl"]["Count"], row["Ttl"]["Unit"]))
+        if row["RemoteStorageName"]:
+            size = _size(row["Size"])
+            remote.append((row["Id"], row["Collection"], size, row["FileCount"], trash, row["RemoteStorageName"]))
+            continue
+        kind = row["DiskType"] or "hdd"
+        size = _size(row["Size"])
+        volumes.append(
+            (row["Id"], row["Collection"], kind, size, row["FileCount"], trash, ttl, row["ReadOnly"], row["Version"])
+        )
+    parts = [
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>SeaweedFS {version}</title>\n'
+        f'<link rel="icon" href="/favicon.ico">\n<link rel="stylesheet" href="{STATIC_PREFIX}{_STYLE_NAME}">\n'
+        f"</head>\n<body>\n<h1>SeaweedFS volume server <small>{version}</small></h1>\n",
+        _table("Disk Stats", ("Path", "Disk", "Total", "Free", "Usage"), disks),
+        _table("System Stats", ("", ""), system),
+        _table(
+            "Volumes",
+            ("Id", "Collection", "Disk", "Data Size", "Files", "Trash", "TTL", "ReadOnly", "Version"),
+            volumes,
+        ),
+    ]
+    if remote:
+        parts.append(_table("Remote Volumes", ("Id", "Collection", "Size", "Files", "Trash", "Remote"), remote))
+    parts.append("</body>\n</html>\n")
+    return "".join(parts).encode("utf-8", "replace")
+
+
+# --------------------------------------------------------------------------------------------------------- static files
+
+STATIC_PREFIX = "/seaweedfsstatic/"
+_STYLE_NAME = "bootstrap/3.3.1/css/bootstrap.min.css"
+
+_STYLE = """\
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em;color:#1c2b33}
+h1{border-bottom:3px solid #2a8c6f;padding-bottom:.3em}h1 small{color:#6b7b83;font-weight:normal}
+table{border-collapse:collapse;width:100%;margin-bottom:2em}
+th,td{border:1px solid #d5dde0;padding:.35em .6em;text-align:left;overflow-wrap:anywhere}
+th{background:#eef4f2}tbody tr:nth-child(odd){background:#fafcfb}
+"""
+
+_SCRIPT = "/* The pages of this server need no script; this file answers pages made for another one. */\n"
+
+
+def _leaf(side: int) -> bytes:
+    """Our mark, RGBA rows of a PNG: a leaf of seaweed as two arcs that meet."""
+    rows = []
+    for y in range(side):
+        row = bytearray(b"\0")
+        for x in range(side):
+            u, v = (x + 0.5) / side, (y + 0.5) / side
+            inside = (u - 1) ** 2 + v**2 < 0.92 and u**2 + (v - 1) ** 2 < 0.92
+            vein = inside and abs(u - v) < 0.03
+            row += bytes((0xEE, 0xF4, 0xF2, 0xFF) if vein else (0x2A, 0x8C, 0x6F, 0xFF) if inside else (0, 0, 0, 0))
+        rows.append(bytes(row))
+    return b"".join(rows)
+
+
+def _png(side: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(_leaf(side), 9))
+        + chunk(b"IEND", b"")
+    )
+
+
+def _icon() -> bytes:
+    """An .ico that holds the mark in two sizes."""
+    pictures = [(side, _png(side)) for side in (16, 32)]
+    out = struct.pack("<HHH", 0, 1, len(pictures))
+    at = len(out) + 16 * len(pictures)
+    for side, data in pictures:
+        out += struct.pack("<BBBBHHII", side, side, 0, 0, 1, 32, len(data), at)
+        at += len(data)
+    return out + b"".join(data for _, data in pictures)
+
+
+_FOLDER = bytes.fromhex("47494638396101000100800000f0b429ffffff2c00000000010001000002024401003b")  # one yellow pixel
+
+_FILES: Mapping[str, tuple[str, bytes]] = {
+    "favicon.ico": ("image/x-icon", _icon()),
+    "seaweed50x50.png": ("image/png", _png(50)),
+    "images/folder.gif": ("image/gif", _FOLDER),
+    _STYLE_NAME: ("text/css; charset=utf-8", _STYLE.encode()),
+    "javascript/jquery-3.6.0.min.js": ("text/javascript; charset=utf-8", _SCRIPT.encode()),
+    "javascript/jquery-sparklines/2.1.2/jquery.sparkline.min.js": (
+        "text/javascript; charset=utf-8",
+        _SCRIPT.encode(),
+    ),
+}
+
+
+def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
+    """A static file or a listing of a directory, with ranges, for whatever method; 404 in Go's words otherwise."""
+    found = _FILES.get(name)
+    if found is not None:
+        kind, data = found
+        page = PageResponse(io.BytesIO(data), content_type=kind, direct_passthrough=False)
+        page.response = [data]
+        ranged = {**environ, "REQUEST_METHOD": "HEAD" if environ["REQUEST_METHOD"] == "HEAD" else "GET"}
+        return page.make_conditional(ranged, accept_ranges=True, complete_length=len(data))
+    inside = (
+        sorted(
+            {
+                path[len(name) :].split("/", 1)[0] + "/" * ("/" in path[len(name) :])
+                for path in _FILES
+                if path.startswith(name)
+            }
+        )
+        if not name or name.endswith("/")
+        else []
+    )
+    if inside:
+        links = "".join(f'<a href="{entry}">{entry}</a>\n' for entry in inside)
+        head = '<!doctype html>\n<meta name="viewport" content="width=device-width">\n'
+        return PageResponse(f"{head}<pre>\n{links}</pre>\n", content_type="text/html; charset=utf-8")
+    if any(path.startswith(name + "/") for path in _FILES):
+        return PageResponse(b"", 301, [("Location", name.rsplit("/", 1)[-1] + "/")])
+    headers = [("X-Content-Type-Options", "nosniff")]
+    return PageResponse("404 page not found\n", 404, headers, content_type="text/plain; charset=utf-8")
