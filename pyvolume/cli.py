@@ -43,7 +43,7 @@ def _dispatch(words: list[str], environ: Mapping[str, str]) -> int:
     if command == "help":
         return _help(parsed.rest[1:], environ)
     if command == "version":
-        return _version(parsed.rest[1:])
+        return _version(parsed.rest[1:], environ)
     if command != config.VOLUME:
         raise config.unknown_subcommand(command)
     return _serve(config.parse_volume(parsed, environ), environ)
@@ -63,9 +63,18 @@ def _serve(flags: ParsedFlags, environ: Mapping[str, str]) -> int:
     return lifecycle.run(flags, inbox, environ)
 
 
-def _version(words: Sequence[str]) -> int:
-    if words:
-        raise UsageError(USAGE_STATUS, "Example: weed version\nDefault Usage:\nDescription:\n  print the version\n")
+def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    usage = (
+        f"Example: weed version\nDefault Usage:\n{config.VERSION_SET.usage(environ)}Description:\n  print the version\n"
+    )
+    try:
+        rest = config.VERSION_SET.parse(words, environ).rest
+    except config.FlagError as exc:
+        raise UsageError(USAGE_STATUS, f"{exc}\n{usage}") from None
+    except config.HelpAsked:
+        raise UsageError(USAGE_STATUS, usage) from None
+    if rest:
+        raise UsageError(USAGE_STATUS, usage)
     machine = platform.machine()
     print(f"version {full_version()} {sys.platform} {_ARCHITECTURES.get(machine, machine)}")
     print(f"{config.PROGRAM} {PYVOLUME_VERSION}", file=sys.stderr)

@@ -97,6 +97,13 @@ def go_quote(text: str) -> str:
     return '"' + "".join(out) + '"'
 
 
+def _time_quote(text: str) -> str:
+    """Text in double quotes as Go's time package writes it: bytes beyond ASCII as escapes."""
+    data = text.encode("utf-8", "surrogateescape")
+    out = (f"\\{chr(b)}" if b in b'"\\' else chr(b) if 0x20 <= b < 0x80 else f"\\x{b:02x}" for b in data)
+    return '"' + "".join(out) + '"'
+
+
 def _number_error(function: str, text: str, reason: str) -> ValueError:
     return ValueError(f"strconv.{function}: parsing {go_quote(text)}: {reason}")
 
@@ -153,7 +160,7 @@ def parse_bool(text: str) -> bool:
 
 def parse_duration_ns(text: str) -> int:
     """Nanoseconds of a Go duration such as `300ms` or `1h30m`. ValueError with Go's text."""
-    quoted = go_quote(text)
+    quoted = _time_quote(text)
     rest = text[1:] if text[:1] in ("-", "+") else text
     if rest == "0":
         return 0
@@ -174,7 +181,7 @@ def parse_duration_ns(text: str) -> int:
             raise ValueError(f"time: missing unit in duration {quoted}")
         unit = _NANOSECONDS.get(unit_text[0])
         if unit is None:
-            raise ValueError(f"time: unknown unit {go_quote(unit_text[0])} in duration {quoted}")
+            raise ValueError(f"time: unknown unit {_time_quote(unit_text[0])} in duration {quoted}")
         rest = rest[unit_text.end() :]
         total += int(whole or "0") * unit
         if fraction:
@@ -669,6 +676,7 @@ def _usage_of(flag: Flag, default: Any) -> str:
 
 GLOBAL_SET = FlagSet(GLOBAL_FLAGS)
 VOLUME_SET = FlagSet(VOLUME_FLAGS)
+VERSION_SET = FlagSet([flag for flag in VOLUME_FLAGS if flag.name == "options"])
 COMBINED_SET = FlagSet([*(flag for flag in GLOBAL_FLAGS if flag.name != "options"), *VOLUME_FLAGS])
 """Both kinds together, for calls without a subcommand."""
 
@@ -796,7 +804,7 @@ class Form:
 KNOWN_COMMANDS = frozenset(("volume", "version", "help"))
 
 
-def classify(words: Sequence[str]) -> Form:
+def classify(words: list[str]) -> Form:
     """Upstream's form `[global flags] command ...`, or ours without a command. Looks at no values."""
     names, stop, wrong = COMBINED_SET.walk(words)
     known_global = {flag.name for flag in GLOBAL_FLAGS}
@@ -804,9 +812,10 @@ def classify(words: Sequence[str]) -> Form:
     if wrong:
         # The parser of either form raises the error; only the usage text after it depends on the form.
         return Form(VOLUME if only_global and VOLUME in words[stop:] else None)
-    if stop == len(words) or not words[stop] or words[stop].startswith("-"):
+    rest = words[stop + 1 :] if words[stop : stop + 1] == ["--"] else words[stop:]
+    if not rest:
         return Form(None)
-    return Form(words[stop] if only_global or words[stop] in KNOWN_COMMANDS else None)
+    return Form(rest[0] if only_global or rest[0] in KNOWN_COMMANDS else None)
 
 
 def parse_global(words: Sequence[str], environ: Mapping[str, str]) -> Parsed:

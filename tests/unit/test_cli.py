@@ -52,6 +52,8 @@ def pyvolume(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         (["help", "volume", "extra"], {}, "usage: weed help command"),
         (["help", "nosuch"], {}, "Unknown help topic `nosuch`.  Run 'weed help'."),
         (["version", "extra"], {}, "Example: weed version"),
+        (["version", "-x"], {}, "flag provided but not defined: -x"),
+        (["-", "x"], {}, 'weed: unknown subcommand "-"'),
     ],
 )
 def test_usage_errors(words: list[str], environ: dict[str, str], line: str) -> None:

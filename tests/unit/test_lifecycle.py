@@ -1,4 +1,4 @@
-"""A server process from start to exit: order, signals, exit codes, limits (contract operations.md 6; P1, P2, P4, S3)."""
+"""A server process from start to exit: order, signals, exit codes (contract operations.md 6; P1, P2, P4, S3)."""
 
 from __future__ import annotations
 
