@@ -661,6 +661,9 @@ def test_tags(text: str, groups: list[tuple[str, ...]]) -> None:
         ("0", 0.0, 0),
         ("100", 100.0, 0),
         ("1e1", 10.0, 0),
+        ("1_0", 10.0, 0),
+        (".5", 0.5, 0),
+        ("5.", 5.0, 0),
         ("10GiB", None, 10 << 30),
         ("10gb", None, 10 * 1000**3),
         ("10 g", None, 10 * 1000**3),
@@ -677,7 +680,7 @@ def test_min_free_space(item: str, percent: float | None, size: int) -> None:
     assert config.parse_min_free_space(item) == MinFreeSpace(percent, size)
 
 
-@pytest.mark.parametrize("item", ["101", "50B", "-1", "x", "", "100b", "1xb", "20eb", "1.2.3gb"])
+@pytest.mark.parametrize("item", ["101", "50B", "-1", "x", "", "100b", "1xb", "20eb", "1.2.3gb", "1__0", "inf"])
 def test_bad_min_free_space(item: str) -> None:
     text = f"The value specified in -minFreeSpace not a valid value {item}"
     with pytest.raises(ConfigFatal) as caught:
