@@ -318,6 +318,8 @@ typedef struct pv_read {
  * is given. A version 1 needle has no metadata to read apart: it is always read whole. */
 PV_API int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, pv_read *out, pv_errinfo *err) PV_WUR;
 PV_API void pv_read_free(pv_read *r);
+/* Frees the buf of a pv_read whose other fields are no longer needed. NULL is fine. */
+PV_API void pv_buf_free(uint8_t *buf);
 /* Reads len bytes of .dat at a byte offset into buf, if the volume still has that compaction revision (else PV_ESTALE).
  * Short at end of file: PV_EEOF. For streaming large needles. */
 PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t revision, pv_errinfo *err) PV_WUR;
@@ -515,7 +517,8 @@ enum pv_range_kind {
     PV_RANGE_SINGLE = 1,
     PV_RANGE_MULTI = 2,
     PV_RANGE_INVALID = 3, /* 416 */
-    PV_RANGE_EMPTY = 4    /* 200 with an empty body: no range in it, or more bytes asked for than there are */
+    PV_RANGE_EMPTY = 4,   /* 200 with an empty body: no range in it, or more bytes asked for than there are */
+    PV_RANGE_OUTSIDE = 5  /* 416 with another text: "bytes=--n" among several */
 };
 
 /* Returns the kind. *count: how many ranges there are (0 unless SINGLE or MULTI); the first max of them are stored. */

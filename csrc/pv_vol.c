@@ -743,6 +743,10 @@ void pv_read_free(pv_read *r) {
     r->buf_len = 0;
 }
 
+void pv_buf_free(uint8_t *buf) {
+    pv__free(buf);
+}
+
 int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t revision, pv_errinfo *err) {
     pv_errinfo own_err;
     err = err != NULL ? err : &own_err;
