@@ -6,17 +6,22 @@ declarations cffi sees are csrc/pv.h itself, so there is no second list to keep 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODULE = "pyvolume._pv"
+STUB = ROOT / "pyvolume" / "_pv.pyi"
+LINE_LENGTH = 120
 
 _NUMERIC_DEFINE = re.compile(r"#\s*define\s+(\w+)\s+\(?(-?\s*(?:0[xX][0-9a-fA-F]+|\d+))\)?[uUlL]*\s*(?:/\*.*)?$")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -61,6 +66,117 @@ def make_ffi() -> FFI:
 
 ffibuilder = make_ffi()
 
+STUB_HEAD = '''"""Types of the compiled engine module, for mypy. Written by build_ffi.py from the module itself."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, final
+
+@final
+class CData:
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: object) -> None: ...
+    def __getitem__(self, index: int | slice) -> Any: ...
+    def __setitem__(self, index: int | slice, value: object) -> None: ...
+    def __add__(self, other: int) -> CData: ...
+    def __sub__(self, other: CData) -> int: ...
+    def __len__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+@final
+class CType:
+    kind: str
+    cname: str
+    fields: list[tuple[str, CField]]
+    args: tuple[CType, ...]
+    result: CType
+    item: CType
+
+@final
+class CField:
+    type: CType
+    offset: int
+
+@final
+class buffer:
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __getitem__(self, index: slice) -> bytes: ...
+    def __setitem__(self, index: slice, value: bytes) -> None: ...
+    def __len__(self) -> int: ...
+
+class FFI:
+    error: type[Exception]
+    NULL: CData
+    def new(self, cdecl: str | CType, init: object = ..., /) -> CData: ...
+    def new_allocator(
+        self, alloc: object = ..., free: object = ..., should_clear_after_alloc: bool = ...
+    ) -> Callable[..., CData]: ...
+    def from_buffer(self, cdecl: str | CType, python_buffer: object, require_writable: bool = ...) -> CData: ...
+    def buffer(self, cdata: CData, size: int = ..., /) -> buffer: ...
+    def gc(self, cdata: CData, destructor: Callable[[CData], None] | None, size: int = ...) -> CData: ...
+    def cast(self, cdecl: str | CType, source: object, /) -> CData: ...
+    def memmove(self, dest: object, src: object, n: int) -> None: ...
+    def string(self, cdata: CData, maxlen: int = ...) -> bytes: ...
+    def unpack(self, cdata: CData, length: int) -> Any: ...
+    def addressof(self, cdata: CData, *fields: str | int) -> CData: ...
+    def typeof(self, cdecl: object, /) -> CType: ...
+    def sizeof(self, cdecl: object, /) -> int: ...
+    def offsetof(self, cdecl: str | CType, *fields: str | int) -> int: ...
+    def list_types(self) -> tuple[list[str], list[str], list[str]]: ...
+
+class Lib:
+'''
+
+STUB_TAIL = """
+ffi: FFI
+lib: Lib
+"""
+
+
+def _stub_type(ctype: Any, is_argument: bool) -> str:
+    if ctype.kind in ("primitive", "enum"):
+        return "int"
+    if ctype.kind == "void":
+        return "None"
+    # cffi takes bytes for pointers to single bytes.
+    takes_bytes = is_argument and ctype.kind == "pointer" and ctype.item.cname in ("char", "uint8_t", "void")
+    return "CData | bytes" if takes_bytes else "CData"
+
+
+def _stub_function(name: str, args: list[str], result: str) -> list[str]:
+    """Lines of one function, broken as the formatter breaks them."""
+    one_line = f"    def {name}({', '.join(args)}) -> {result}: ..."
+    if len(one_line) <= LINE_LENGTH:
+        return [one_line]
+    inner = f"        {', '.join(args)}"
+    body = [inner] if len(inner) <= LINE_LENGTH else [f"        {arg}," for arg in args]
+    return [f"    def {name}(", *body, f"    ) -> {result}: ..."]
+
+
+def stub(ffi: Any, lib: Any) -> str:
+    """The text of pyvolume/_pv.pyi for a compiled module."""
+    lines = []
+    for name in sorted(dir(lib)):
+        value = getattr(lib, name)
+        if isinstance(value, int):
+            lines.append(f"    {name}: Final[int]")
+            continue
+        signature = ffi.typeof(value)
+        args = ["self", *(f"a{i}: {_stub_type(arg, True)}" for i, arg in enumerate(signature.args))]
+        args += ["/"] * (len(args) > 1)
+        lines += _stub_function(name, args, _stub_type(signature.result, False))
+    return STUB_HEAD + "\n".join(lines) + "\n" + STUB_TAIL
+
+
+def write_stub() -> None:
+    """Brings pyvolume/_pv.pyi into step with the module just built."""
+    sys.path.insert(0, str(ROOT))
+    sys.setdlopenflags(os.RTLD_LAZY)  # the declarations are what counts here
+    module = importlib.import_module(MODULE)
+    text = stub(module.ffi, module.lib)
+    if not STUB.exists() or STUB.read_text(encoding="utf-8") != text:
+        STUB.write_text(text, encoding="utf-8")
+
 
 def main() -> None:
     """Compiles into the source tree. Object files go to a scratch directory, so that nothing else is left behind."""
@@ -75,6 +191,7 @@ def main() -> None:
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copy2(built, fresh)
         fresh.replace(target)
+    write_stub()
     print(target)
 
 

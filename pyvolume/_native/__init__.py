@@ -1,8 +1,8 @@
 """The binding to the C engine: the only package that imports `pyvolume._pv`.
 
-`engine` wraps formats, volume handles, scans and the registry; `http` the HTTP semantics that both lanes share. Must not
-import anything of pyvolume but `_pv` and the leaves. Importing this package completes all lazily built types of cffi on
-the importing thread, before there are others (python-cffi #271).
+`engine` wraps formats, volume handles, scans and the registry; `http` the HTTP semantics that both lanes share. Must
+not import anything of pyvolume but `_pv` and the leaves. Importing this package completes all lazily built types of
+cffi on the importing thread, before there are others (python-cffi #271).
 """
 
 from __future__ import annotations

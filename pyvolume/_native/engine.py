@@ -1,8 +1,8 @@
 """The engine for Python: checksums, records, index rows, volume handles, scans, the registry of handles.
 
 Thin and typed: arguments are turned into C structs, results into values of this module, codes into NativeError. No
-policy, no texts for clients (pyvolume.errors.from_native makes those), no logging. Every call releases the interpreter's
-lock for as long as C runs, so all of them may block on disk, and all of them may be called from any thread. Structs for
+policy, no texts for clients (pyvolume.errors.from_native makes those), no logging. Every call releases the
+interpreter's lock for as long as C runs, so all of them may block on disk, and be called from any thread. Structs for
 results are made anew for each call: a signal handler may call in here between a call and the reading of its result.
 
 Buffers: data passed in is borrowed for the call. `Needle.data` of a needle read from a volume is a read-only memoryview
@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -100,7 +100,8 @@ class NativeError(Exception):
     def __str__(self) -> str:
         name = err_name(self.code)
         if self.info.sys_errno:
-            return f"{name}: {os.strerror(self.info.sys_errno)} (offset {self.info.a}, {self.info.c}/{self.info.b} bytes)"
+            text = os.strerror(self.info.sys_errno)
+            return f"{name}: {text} (offset {self.info.a}, {self.info.c}/{self.info.b} bytes)"
         return f"{name} (a={self.info.a} b={self.info.b} c={self.info.c} d={self.info.d})"
 
 
@@ -246,7 +247,7 @@ def _fill_needle(
     last_modified_s: int,
     ttl: tuple[int, int],
 ) -> tuple[Any, ...]:
-    """Fills a pv_needle; what is returned must live as long as it. A name of more than 255 bytes is cut, as upstream."""
+    """Fills a pv_needle; what is returned must live as long as it. A name above 255 bytes is cut, as upstream."""
     n.id = key
     n.cookie = cookie
     n.flags = flags
@@ -408,6 +409,17 @@ def idx_read(fd: int, width: int, first_row: int, max_rows: int) -> list[IdxRow]
     return _rows(rows, count)
 
 
+def idx_pack(rows: Iterable[tuple[int, int, int]], width: int) -> bytes:
+    """The bytes of rows (key, offset in bytes, size) as they stand in an .idx."""
+    row, length = _new("pv_idx_row *"), 12 + width
+    out = _new(_T_BYTES, length)
+    packed = bytearray()
+    for row.key, row.offset, row.size in rows:
+        _lib.pv_idx_row_put(row, width, out)
+        packed += _buffer(out)
+    return bytes(packed)
+
+
 class TailVerdict(enum.IntEnum):
     """What the check of a volume's last record found (contract storage.md 11)."""
 
@@ -548,7 +560,7 @@ def _c_entry(entry: Entry | None) -> Any:
 class Volume:
     """A volume open in the engine. Usable from any number of threads; see csrc/pv.h for the exact promises.
 
-    Closing waits for running calls; calls after it raise NativeError with PV_ECLOSED (stat and superblock still answer).
+    Closing waits for running calls; calls after it raise NativeError PV_ECLOSED (stat and superblock still answer).
     A handle that is dropped without close() is closed when its last reference goes, the registry's included.
     """
 
@@ -615,7 +627,7 @@ class Volume:
         return self._v
 
     def close(self) -> None:
-        """Waits for running calls, syncs .idx, then .dat, closes. Idempotent. Closed also if it raises (a failed sync)."""
+        """Waits for running calls, syncs .idx, then .dat, closes. Idempotent. Closed also if a failed sync raises."""
         err = _new(_T_ERR)
         code = _lib.pv_vol_close(self._v, err)
         if code < 0:
@@ -733,8 +745,8 @@ class Volume:
     ) -> WriteResult:
         """Appends a needle and publishes it; with fsync it is on disk before anyone sees it and before this returns.
 
-        check_cookie False: cookie 0 takes over the stored one. entry: with OpenFlag.NO_MAP, what the map says (None: the
-        key is not there). A failed append leaves nothing behind and the volume writable. NativeError: PV_EREADONLY,
+        check_cookie False: cookie 0 takes over the stored one. entry: with OpenFlag.NO_MAP, what the map says (None:
+        the key is not there). A failed append leaves nothing behind and the volume writable. NativeError: PV_EREADONLY,
         PV_ECLOSED, PV_ECOOKIE, PV_EFULL, PV_ESYS, PV_EEOF, PV_EINVAL, PV_ENOMEM, PV_ESTALE: details in csrc/pv.h.
         """
         n, out, err = _new(_T_NEEDLE), _new(_T_WRITE_RES), _new(_T_ERR)
@@ -767,8 +779,8 @@ class Volume:
     ) -> WriteResult:
         """Appends a ready record under `key`, with a new append time; blob itself is not changed.
 
-        NativeError: those of write without the cookie, PV_ESIZE (info.a: 0 too short for a header, 1 another Size in its
-        header, 2 size negative), PV_EBUFFER (info.a needed, info.b given bytes).
+        NativeError: those of write without the cookie, PV_ESIZE (info.a: 0 too short for a header, 1 another Size in
+        its header, 2 size negative), PV_EBUFFER (info.a needed, info.b given bytes).
         """
         src, out, err = _from_buffer(_T_BYTES, blob), _new(_T_WRITE_RES), _new(_T_ERR)
         flags = fsync << 1 | (entry is not None) << 2
