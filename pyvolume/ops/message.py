@@ -203,10 +203,11 @@ class Released:
 
     def close(self) -> None:
         release, self._release = self._release, None
+        if release is None:
+            return
         try:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
         finally:
-            if release is not None:
-                release()
+            release()
