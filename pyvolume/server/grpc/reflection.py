@@ -33,7 +33,8 @@ def v1_file() -> Any:
     old, new = f".{ALPHA_PACKAGE}.", f".{V1_PACKAGE}."
     for message in proto.message_type:
         for field in message.field:
-            field.type_name = field.type_name.replace(old, new)
+            if field.type_name:
+                field.type_name = field.type_name.replace(old, new)
     for service in proto.service:
         for method in service.method:
             method.input_type = method.input_type.replace(old, new)
