@@ -182,13 +182,18 @@ class AdminAdmission:
         time-out."""
         server = self._server
         assert server is not None
+        over: list[bool] = []  # becomes true when the request has ended, that is, when the connection was lost
 
         def on_loop() -> None:
-            if hold.gone:
+            if over or hold.gone:
                 gate.remove(count)
                 self._client_left(head, url, hold)
             else:
                 go_on()
+
+        def ended() -> None:
+            over.append(True)
+            gate.leave(waiter)
 
         def turn_came() -> None:
             if not server.call_soon(on_loop):
@@ -205,11 +210,11 @@ class AdminAdmission:
             hold.refuse(self._refusal(head, url, lambda request: json_error(request, 429, text)))
 
         waiter = Waiter(count, turn_came)
+        head.on_end.append(ended)
         if gate.queue(waiter):
             server.call_soon(on_loop)
-            return
-        head.on_end.append(lambda: _drop(gate.leave(waiter)))
-        server.call_later(gate.timeout_s, time_is_up)
+        else:
+            server.call_later(gate.timeout_s, time_is_up)
 
     def _client_left(self, head: RequestHead, url: native.UrlPath, hold: Hold) -> None:
         """Half-closed while it waited: what upstream answers when the request was cancelled."""
@@ -241,10 +246,18 @@ class AdminAdmission:
         slots, server = self._slots, self._server
         assert server is not None
         waiting = hold if hold is not None else Hold()
+        over: list[bool] = []
 
         def got_one() -> None:
+            if over:
+                slots.give()
+                return
             head.on_end.append(slots.give)
             waiting.admit()
+
+        def ended() -> None:
+            over.append(True)
+            slots.leave(waiter)
 
         def turn_came() -> None:
             if not server.call_soon(got_one):
@@ -260,7 +273,7 @@ class AdminAdmission:
                 text = f"{slots.limit} requests wait for other servers already"
                 waiting.refuse(self._refusal(head, url, lambda request: json_error(request, 500, text)))
 
-        head.on_end.append(lambda: _drop(slots.leave(waiter)))
+        head.on_end.append(ended)
         server.call_later(SLOT_WAIT_S, give_up)
         return waiting
 
@@ -279,10 +292,6 @@ class PublicAdmission:
             return self._admin.on_head(head)
         head.read_body = False
         return None
-
-
-def _drop(_: bool) -> None:
-    """For callbacks whose result is of no interest."""
 
 
 def _is_multipart(head: RequestHead) -> bool:
