@@ -32,6 +32,7 @@ class UrlKind(enum.IntEnum):
     NEEDLE = 0
     VID_ONLY = 1
     BAD = 2  # answer 400 (departure A2)
+    DROP = 3  # dot before the comma: upstream closes the connection unanswered; treating it as BAD is right, too
 
 
 class RangeKind(enum.IntEnum):
@@ -42,6 +43,7 @@ class RangeKind(enum.IntEnum):
     MULTI = 2
     INVALID = 3  # 416
     EMPTY = 4  # 200 with an empty body
+    OUTSIDE = 5  # 416 with another text
 
 
 class PlanResult(enum.IntEnum):
@@ -550,7 +552,7 @@ def parse_upload(
     out = _ffi.new("pv_upload *")
     buf = s.buf
     rc = _lib.pv_upload_parse(r, buf, s.cap, out, s.err)
-    if rc == _lib.PV_EBUFFER:
+    while rc == _lib.PV_EBUFFER:
         cap = int(s.err.a)
         buf = _ffi.new("char[]", cap)
         rc = _lib.pv_upload_parse(r, buf, cap, out, s.err)
