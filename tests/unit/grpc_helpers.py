@@ -129,7 +129,10 @@ class VolumeClient:
         method = VOLUME_SERVICE.methods_by_name[name]
         path, request_class, response_class = method_classes(VOLUME_SERVICE, name)
         request = request_class(**(fields or {}))
-        coders = {"request_serializer": request_class.SerializeToString, "response_deserializer": response_class.FromString}
+        coders = {
+            "request_serializer": request_class.SerializeToString,
+            "response_deserializer": response_class.FromString,
+        }
         messages: list[Any] = []
         try:
             if method.server_streaming:

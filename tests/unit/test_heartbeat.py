@@ -441,7 +441,7 @@ def test_limit_and_preallocate_are_taken(bench: Bench) -> None:
         if number == 3:
             yield pb.HeartbeatResponse()
 
-    master, log = bench.master(reply)
+    master, _ = bench.master(reply)
     store = FakeStore()
     bench.beat(store, master.address)
     wait_for(lambda: store.preallocate and store.volume_size_limit == 123)
@@ -468,7 +468,7 @@ def test_maximum_that_stays_sends_nothing(bench: Bench) -> None:
 
 
 def test_maximum_is_recomputed_before_each_beat(bench: Bench) -> None:
-    master, log = bench.master(silent)
+    master, _ = bench.master(silent)
     store = FakeStore()
     bench.beat(store, master.address)
     wait_for(lambda: store.adjusted >= 3)
@@ -493,7 +493,7 @@ def test_redirect_to_the_leader(bench: Bench) -> None:
 
     follower, follower_log = bench.master(elsewhere)
     heart = bench.beat(FakeStore(Info(1)), follower.address, pulse_s=0.5)
-    wait_for(lambda: leader_log.all())
+    wait_for(leader_log.all)
     wait_for(lambda: heart.current_master == leader.address)
     assert [volume.id for volume in leader_log.streams[0][0].volumes] == [1], "a new stream begins with all"
     assert len(follower_log.streams) == 1

@@ -74,7 +74,9 @@ def test_addresses(address: str, http: str, dial: str) -> None:
     assert same_server(address, http)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", "host:x", "host:1.x", "host:.5", "host:60000", "host:1.70000"])
+@pytest.mark.parametrize(
+    "address", ["", "host", "host:", "host:x", "host:1.x", "host:.5", "host:60000", "host:1.70000"]
+)
 def test_addresses_that_cannot_be_dialled(address: str) -> None:
     with pytest.raises(ValueError, match="server address"):
         grpc_address(address)
@@ -243,13 +245,22 @@ def test_lookup_has_a_deadline_also_for_those_who_wait(made: Any) -> None:
         return located(request, context)
 
     client, master = made(LookupVolume=never)
-    first = threading.Thread(target=lambda: pytest.raises(RpcFailure, client.lookup_volume, 3, timeout_s=3.0))
+    codes: list[grpc.StatusCode] = []
+
+    def ask_first() -> None:
+        try:
+            client.lookup_volume(3, timeout_s=3.0)
+        except RpcFailure as exc:
+            codes.append(exc.code)
+
+    first = threading.Thread(target=ask_first)
     first.start()
     wait_for(lambda: master.requests("LookupVolume"))
     with pytest.raises(RpcFailure) as caught:
         client.lookup_volume(3, timeout_s=0.1)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
     first.join(WAIT_S)
+    assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED]
     hold.set()
 
 

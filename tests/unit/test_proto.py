@@ -136,15 +136,59 @@ def test_generator_reports_a_bad_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 # -- the gate matrix: contract/grpc.md 3 --------------------------------------------------------------------------
 
-GUARDED = """BatchDelete VacuumVolumeCompact VacuumVolumeCommit VacuumVolumeCleanup DeleteCollection AllocateVolume VolumeMount
-VolumeUnmount VolumeConsolidateIndex VolumeDelete VolumeMarkReadonly VolumeMarkWritable VolumeConfigure SetState VolumeCopy
-ReadAllNeedles VolumeTailReceiver VolumeEcShardsGenerate VolumeEcShardsRebuild VolumeEcShardsCopy VolumeEcShardsDelete
-VolumeEcShardsUnmount VolumeEcShardsToVolume VolumeTierMoveDatToRemote VolumeTierMoveDatFromRemote VolumeServerLeave
-FetchAndWriteNeedle ScrubVolume ScrubEcVolume VolumeNeedleStatus""".split()
-MAINTENANCE = """BatchDelete VacuumVolumeCompact VacuumVolumeCommit VacuumVolumeCleanup AllocateVolume VolumeConsolidateIndex
-VolumeDelete VolumeConfigure VolumeCopy ReceiveFile WriteNeedleBlob VolumeEcShardsGenerate VolumeEcShardsRebuild
-VolumeEcShardsCopy VolumeEcShardsDelete VolumeEcBlobDelete VolumeEcShardsToVolume VolumeTierMoveDatToRemote
-FetchAndWriteNeedle""".split()
+GUARDED = [
+    "BatchDelete",
+    "VacuumVolumeCompact",
+    "VacuumVolumeCommit",
+    "VacuumVolumeCleanup",
+    "DeleteCollection",
+    "AllocateVolume",
+    "VolumeMount",
+    "VolumeUnmount",
+    "VolumeConsolidateIndex",
+    "VolumeDelete",
+    "VolumeMarkReadonly",
+    "VolumeMarkWritable",
+    "VolumeConfigure",
+    "SetState",
+    "VolumeCopy",
+    "ReadAllNeedles",
+    "VolumeTailReceiver",
+    "VolumeEcShardsGenerate",
+    "VolumeEcShardsRebuild",
+    "VolumeEcShardsCopy",
+    "VolumeEcShardsDelete",
+    "VolumeEcShardsUnmount",
+    "VolumeEcShardsToVolume",
+    "VolumeTierMoveDatToRemote",
+    "VolumeTierMoveDatFromRemote",
+    "VolumeServerLeave",
+    "FetchAndWriteNeedle",
+    "ScrubVolume",
+    "ScrubEcVolume",
+    "VolumeNeedleStatus",
+]
+MAINTENANCE = [
+    "BatchDelete",
+    "VacuumVolumeCompact",
+    "VacuumVolumeCommit",
+    "VacuumVolumeCleanup",
+    "AllocateVolume",
+    "VolumeConsolidateIndex",
+    "VolumeDelete",
+    "VolumeConfigure",
+    "VolumeCopy",
+    "ReceiveFile",
+    "WriteNeedleBlob",
+    "VolumeEcShardsGenerate",
+    "VolumeEcShardsRebuild",
+    "VolumeEcShardsCopy",
+    "VolumeEcShardsDelete",
+    "VolumeEcBlobDelete",
+    "VolumeEcShardsToVolume",
+    "VolumeTierMoveDatToRemote",
+    "FetchAndWriteNeedle",
+]
 
 
 def test_matrix_has_every_rpc() -> None:
