@@ -4,14 +4,14 @@
  * All leaves are equally long, so memory given up by one never has to be found a new use: there is no fragmentation,
  * and the peak during a load is what the loaded map needs.
  *
- * Leaf. Three columns (keys, offsets, sizes), each as narrow as the leaf's own entries allow: keys as distance from the
- * leaf's first key in 1..8 bytes, offsets (in units of 8 bytes) as distance from the smallest in 1..5 bytes, sizes signed
- * in 1..4 bytes. Rising ids pack at 5 to 7 bytes, shuffled ones at 7 to 9. An entry that does not fit makes its leaf be
- * written anew with wider columns.
+ * Leaf. A column of keys, then one of values (offset, size), all as narrow as the leaf's own entries allow: keys as
+ * distance from the leaf's first key in 1..8 bytes, offsets (in units of 8 bytes) as distance from the smallest in 1..5
+ * bytes, sizes signed in 1..4 bytes. Rising ids pack at 5 to 7 bytes, shuffled ones at 7 to 9. An entry that does not
+ * fit makes its leaf be written anew with wider cells.
  *
  * Fill. A key above all others starts a new leaf when the last one is full, so leaves of rising ids are full. Elsewhere a
  * full leaf shares its entries with up to WINDOW - 1 neighbours, and only a window without room gets one leaf more:
- * leaves stay between 8/9 and full, instead of the 2/3 of plain splitting.
+ * such leaves are mostly between 8/9 and full, where plain splitting would leave them 2/3 full.
  *
  * Keys are never removed (a deleted one keeps its negated size, so that its bytes can still be read), so nothing merges.
  *
@@ -25,15 +25,15 @@
 
 #define LEAF_BYTES 1024U
 #define LEAF_HEAD 12U
-#define LEAF_OVERREAD 4U /* a size is loaded as 4 bytes whatever its width */
+#define LEAF_OVERREAD 8U /* offsets are loaded as 8 bytes, sizes as 4, whatever their width */
 #define LEAF_ROOM (LEAF_BYTES - LEAF_HEAD - LEAF_OVERREAD)
-#define LEAF_MAX (LEAF_ROOM / 3U)             /* entries with all columns 1 byte wide */
-#define LEAF_MIN (LEAF_ROOM / (8U + 5U + 4U)) /* entries with all columns at their widest */
+#define LEAF_MAX (LEAF_ROOM / 3U)             /* entries with every cell 1 byte wide */
+#define LEAF_MIN (LEAF_ROOM / (8U + 5U + 4U)) /* entries with every cell at its widest */
 #define FANOUT 128U
 #define WINDOW 8U
-/* A window whose leaves together have this many free entries per leaf is shared out instead of given another leaf: fewer
- * would come back too soon, more would leave memory unused. */
-#define SLACK_PER_LEAF (LEAF_MIN / 7U)
+/* A window with 1/SLACK of its entries free is shared out instead of given another leaf: with less, the next insert would
+ * soon be here again, asking for more would leave memory unused. */
+#define SLACK 16U
 /* Leaves packed to the left (at the right end of the map) keep 1/16 for keys that arrive late. */
 #define PACK_NUM 15U
 #define PACK_DEN 16U
@@ -43,6 +43,9 @@
 #define ARENA_MMAP_MIN (64U * 1024U) /* bytes; smaller chunks come from malloc */
 
 #define LOAD_ROWS 4096U
+
+#define CACHE_LINE 64U
+#define PREFETCH_BYTES 256U
 
 /* AddressSanitizer sees every overrun of a leaf only if each is an allocation of its own. */
 #if defined(__SANITIZE_ADDRESS__)
@@ -69,10 +72,10 @@ typedef struct leaf {
 
 _Static_assert(sizeof(leaf) == LEAF_BYTES, "leaves are as long as said");
 _Static_assert(offsetof(leaf, cells) == LEAF_HEAD, "the head is as long as said");
-/* The 8-byte loads at the end of the key and offset columns stay within the columns behind them. */
-_Static_assert(LEAF_MIN >= 8, "columns are longer than one load");
+/* An 8-byte load at the end of the key column stays within the values, one at the end of the values in the leaf. */
+_Static_assert(LEAF_MIN >= 4 && LEAF_OVERREAD >= 8, "loads stay within their leaf");
 
-/* keys[i] is the first key of leaves[i], and the base its key column counts from. */
+/* keys[i] is the first key of leaves[i], and the base its stored keys count from. */
 typedef struct inner {
     uint64_t keys[FANOUT];
     leaf *leaves[FANOUT];
@@ -96,13 +99,13 @@ typedef struct ent {
     int32_t size;
 } ent;
 
-/* What a run of entries spans, and the columns it therefore needs. */
+/* What a run of entries spans, and the cells it therefore needs. */
 typedef struct shape {
     uint64_t key_first;
     uint64_t key_last;
     uint64_t offset_min;
     uint64_t offset_max;
-    uint64_t base; /* what the offset column counts from */
+    uint64_t base; /* what the stored offsets count from */
     uint32_t size_bits;
     uint8_t key_w;
     uint8_t offset_w;
@@ -134,7 +137,7 @@ struct pv_map {
     pv_map_stats stats; /* memory_bytes is computed when asked for */
 };
 
-/* ------------------------------------------------------------------ columns */
+/* ------------------------------------------------------------------ cells of a leaf */
 
 /* The low bytes of a little-endian load; index is a width 1..8. */
 static const uint64_t width_mask[9] = {
@@ -175,12 +178,12 @@ static uint32_t size_bits_of(int32_t size) {
     return (uint32_t)(size < 0 ? ~size : size);
 }
 
-static inline uint8_t *offset_col(leaf *l) {
-    return l->cells + (size_t)l->cap * l->key_w;
+static inline size_t value_w(const leaf *l) {
+    return (size_t)l->offset_w + l->size_w;
 }
 
-static inline uint8_t *size_col(leaf *l) {
-    return l->cells + (size_t)l->cap * (l->key_w + l->offset_w);
+static inline size_t value_at(const leaf *l, unsigned i) {
+    return (size_t)l->cap * l->key_w + i * value_w(l);
 }
 
 static inline uint64_t leaf_base(const leaf *l) {
@@ -191,25 +194,26 @@ static inline uint64_t key_at(const leaf *l, unsigned i) {
     return load_wide(l->cells + (size_t)i * l->key_w, width_mask[l->key_w]);
 }
 
-static inline uint64_t units8_at(leaf *l, unsigned i) {
-    return leaf_base(l) + load_wide(offset_col(l) + (size_t)i * l->offset_w, width_mask[l->offset_w]);
+static inline uint64_t units8_at(const leaf *l, unsigned i) {
+    return leaf_base(l) + load_wide(l->cells + value_at(l, i), width_mask[l->offset_w]);
 }
 
-static inline int32_t size_at(leaf *l, unsigned i) {
+static inline int32_t size_at(const leaf *l, unsigned i) {
     uint32_t v;
-    memcpy(&v, size_col(l) + (size_t)i * l->size_w, sizeof v);
+    memcpy(&v, l->cells + value_at(l, i) + l->offset_w, sizeof v);
     uint32_t sign = (uint32_t)1 << (8 * l->size_w - 1);
     v = le32toh(v) & (uint32_t)width_mask[l->size_w];
     return pv__i32((v ^ sign) - sign);
 }
 
-static inline void put_values(leaf *l, unsigned i, uint64_t units8, int32_t size) {
-    store_wide(offset_col(l) + (size_t)i * l->offset_w, units8 - leaf_base(l), width_mask[l->offset_w]);
-    store_size(size_col(l) + (size_t)i * l->size_w, (uint32_t)size, (uint32_t)width_mask[l->size_w]);
+static inline void put_value(leaf *l, unsigned i, uint64_t units8, int32_t size) {
+    uint8_t *p = l->cells + value_at(l, i);
+    store_wide(p, units8 - leaf_base(l), width_mask[l->offset_w]);
+    store_size(p + l->offset_w, (uint32_t)size, (uint32_t)width_mask[l->size_w]);
 }
 
-/* Whether the columns are wide enough for these values. */
-static bool values_fit(const leaf *l, uint64_t units8, int32_t size) {
+/* Whether the cells are wide enough for this value. */
+static bool value_fits(const leaf *l, uint64_t units8, int32_t size) {
     uint64_t base = leaf_base(l);
     return units8 >= base && units8 - base <= width_mask[l->offset_w] && size_width_of(size_bits_of(size)) <= l->size_w;
 }
@@ -283,15 +287,13 @@ static void leaf_encode(leaf *l, const ent *e, unsigned n, const shape *s) {
         uint64_t v = htole64(e[i].key - s->key_first);
         memcpy(p, &v, sizeof v);
     }
-    p = offset_col(l);
-    for (unsigned i = 0; i < n; i++, p += s->offset_w) {
+    p = l->cells + value_at(l, 0);
+    for (unsigned i = 0; i < n; i++) {
         uint64_t v = htole64(e[i].units8 - s->base);
+        uint32_t size = htole32((uint32_t)e[i].size);
         memcpy(p, &v, sizeof v);
-    }
-    p = size_col(l);
-    for (unsigned i = 0; i < n; i++, p += s->size_w) {
-        uint32_t v = htole32((uint32_t)e[i].size);
-        memcpy(p, &v, sizeof v);
+        memcpy(p + s->offset_w, &size, sizeof size);
+        p += value_w(l);
     }
 }
 
@@ -299,13 +301,11 @@ static void leaf_encode(leaf *l, const ent *e, unsigned n, const shape *s) {
 static void leaf_insert(leaf *l, unsigned index, const ent *e, uint64_t first) {
     size_t behind = l->count - index;
     uint8_t *keys = l->cells + (size_t)index * l->key_w;
-    uint8_t *offsets = offset_col(l) + (size_t)index * l->offset_w;
-    uint8_t *sizes = size_col(l) + (size_t)index * l->size_w;
+    uint8_t *values = l->cells + value_at(l, index);
     memmove(keys + l->key_w, keys, behind * l->key_w);
-    memmove(offsets + l->offset_w, offsets, behind * l->offset_w);
-    memmove(sizes + l->size_w, sizes, behind * l->size_w);
+    memmove(values + value_w(l), values, behind * value_w(l));
     store_wide(keys, e->key - first, width_mask[l->key_w]);
-    put_values(l, index, e->units8, e->size);
+    put_value(l, index, e->units8, e->size);
     l->count++;
 }
 
@@ -502,6 +502,10 @@ static leaf *find(const pv_map *m, uint64_t key, spot *at) {
     const inner *node = m->root[at->root].node;
     at->slot = inner_find(node, key);
     leaf *l = node->leaves[at->slot];
+    /* Ask for the head and most keys at once, instead of waiting for each line as the search comes to it. */
+    for (size_t line = 0; line < PREFETCH_BYTES; line += CACHE_LINE) {
+        __builtin_prefetch((const uint8_t *)l + line);
+    }
     uint64_t first = node->keys[at->slot];
     if (key < first) {
         at->index = 0;
@@ -640,10 +644,10 @@ static int spread(pv_map *m, const spot *at, const ent *e, ent *run) {
     bool alone = last_node && at->slot + 1 == node->count;
     bool packs = alone;
     while (!alone && window_widen(node, &w)) {
-        if (w.free < w.count * SLACK_PER_LEAF) {
+        packs = last_node && w.low + w.count == node->count;
+        if (w.free < w.count * l->cap / SLACK) {
             continue;
         }
-        packs = last_node && w.low + w.count == node->count;
         n = window_decode(node, &w, at, e, run);
         segments = w.count;
         bool fits;
@@ -674,8 +678,8 @@ static int set_slow(pv_map *m, const spot *at, const ent *e) {
     leaf *l = node->leaves[at->slot];
     uint64_t first = node->keys[at->slot];
     bool last = at->root + 1 == m->root_count && at->slot + 1 == node->count;
-    bool columns_fit = e->key >= first && e->key - first <= width_mask[l->key_w] && values_fit(l, e->units8, e->size);
-    if (!columns_fit) {
+    bool cells_fit = e->key >= first && e->key - first <= width_mask[l->key_w] && value_fits(l, e->units8, e->size);
+    if (!cells_fit) {
         ent run[LEAF_MAX + 1];
         leaf_decode(l, first, run);
         unsigned n = run_merge(run, l->count, at->index, at->found, e);
@@ -714,14 +718,14 @@ static int set(pv_map *m, const ent *e, ent *old, bool *found) {
             *found = true;
             old->units8 = units8_at(l, at.index);
             old->size = size_at(l, at.index);
-            if (values_fit(l, e->units8, e->size)) {
-                put_values(l, at.index, e->units8, e->size);
+            if (value_fits(l, e->units8, e->size)) {
+                put_value(l, at.index, e->units8, e->size);
                 return 0;
             }
         } else {
             uint64_t first = m->root[at.root].node->keys[at.slot];
             if (l->count < l->cap && e->key >= first && e->key - first <= width_mask[l->key_w] &&
-                values_fit(l, e->units8, e->size)) {
+                value_fits(l, e->units8, e->size)) {
                 leaf_insert(l, at.index, e, first);
                 return 0;
             }
@@ -750,8 +754,8 @@ static bool negate(pv_map *m, uint64_t key, int32_t *old) {
     }
     *old = size_at(l, at.index);
     if (*old >= 0) {
-        /* A column wide enough for a size is so for its negation, and every column for -1. */
-        put_values(l, at.index, units8_at(l, at.index), *old == 0 ? -1 : -*old);
+        /* A cell wide enough for a size is so for its negation, and every cell for -1. */
+        put_value(l, at.index, units8_at(l, at.index), *old == 0 ? -1 : -*old);
     }
     return true;
 }
