@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from pyvolume.config import MinFreeSpace
 from pyvolume.errors import errno_text
 
 STATFS_TIMEOUT_S: Final = 0.5
@@ -61,31 +62,22 @@ def disk_usage(directory: str) -> DiskUsage:
 # --------------------------------------------------------------------------------------------------- minimum free space
 
 
-@dataclass(frozen=True, slots=True)
-class MinFreeSpace:
-    """The reserve of a data directory: a percentage of the file system, or bytes (then percent is None).
+def is_low(reserve: MinFreeSpace, usage: DiskUsage) -> tuple[bool, str]:
+    """Whether the free space is below the reserve, and upstream's words for the log either way."""
+    if reserve.percent is not None:
+        low = usage.percent_free < _float32(reserve.percent)
+        return low, f"disk free {usage.percent_free:.2f}% {'<' if low else '>='} required {reserve.percent:.2f}%"
+    low = usage.free_bytes < reserve.size_bytes
+    free, required = human_bytes(usage.free_bytes), human_bytes(reserve.size_bytes)
+    return low, f"disk free {free} {'<' if low else '>='} required {required}"
 
-    Parsing the flag is config's business.
-    """
 
-    percent: float | None = 1.0
-    size_bytes: int = 0
-
-    def is_low(self, usage: DiskUsage) -> tuple[bool, str]:
-        """Whether the free space is below the reserve, and upstream's words for the log either way."""
-        if self.percent is not None:
-            low = usage.percent_free < _float32(self.percent)
-            return low, f"disk free {usage.percent_free:.2f}% {'<' if low else '>='} required {self.percent:.2f}%"
-        low = usage.free_bytes < self.size_bytes
-        sign = "<" if low else ">="
-        return low, f"disk free {human_bytes(usage.free_bytes)} {sign} required {human_bytes(self.size_bytes)}"
-
-    def available_bytes(self, usage: DiskUsage) -> int:
-        """Free bytes above the reserve, at least 0."""
-        reserve = self.size_bytes
-        if self.percent is not None:
-            reserve = int(_float32(_float32(_float32(usage.all_bytes) * _float32(self.percent)) / 100))
-        return max(0, usage.free_bytes - reserve)
+def available_bytes(reserve: MinFreeSpace, usage: DiskUsage) -> int:
+    """Free bytes above the reserve, at least 0."""
+    kept = reserve.size_bytes
+    if reserve.percent is not None:
+        kept = int(_float32(_float32(_float32(usage.all_bytes) * _float32(reserve.percent)) / 100))
+    return max(0, usage.free_bytes - kept)
 
 
 def human_bytes(size: int) -> str:

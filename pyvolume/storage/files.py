@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,3 +146,13 @@ def move_file(source: str, target: str) -> None:
 def absolute(path: str) -> str:
     """The path as /status shows it: absolute, cleaned, symlinks kept."""
     return str(Path(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def opened(path: str, flags: int = os.O_RDONLY, mode: int = 0o644) -> Iterator[int]:
+    """A file descriptor for the length of a with-block."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,405 @@
+"""Repairs of a volume's files at load, before it is opened: index rows that are missing, bytes that are half a record.
+
+May import superblock, vif, files, _native and the leaves; nothing here may run on a volume that is open. Departures L1,
+L3, L4 and the head repair of upstream (`weed/storage/volume_idx_repair.go`). Every function blocks on disk and raises
+OSError or NativeError when the disk fails: then nothing was cut and no row was invented. What was done is returned; the
+caller logs it.
+
+A record with Size 0 is an empty file or a delete, and the `.dat` does not say which. It is taken for a delete when its
+key is live at that place (departure V4 decides likewise), else for an empty file; the mark of a vacuum's catch-up
+(cookie 0x12345678) is always a delete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice, zip_longest
+from typing import Final
+
+from pyvolume._native import engine
+from pyvolume.errors import NativeCode, StorageError
+from pyvolume.faults import fault
+from pyvolume.storage import files, vif
+from pyvolume.storage.superblock import CURRENT_VERSION, SuperBlock
+from pyvolume.types import MAX_VOLUME_BYTES, OFFSET_WIDTHS
+
+_BATCH: Final = 16384
+"""Rows or records handled by one call of the engine."""
+_SAMPLE_ROWS: Final = 32
+_COPY_BYTES: Final = 4 << 20
+_VACUUM_TOMBSTONE_COOKIE: Final = 0x12345678
+_END_OF_RECORDS: Final = (NativeCode.EEOF, NativeCode.ECORRUPT)
+
+
+# ------------------------------------------------------------------------------------------------------- offset width
+
+
+def width_of(vif_path: str, dat_fd: int, idx_fd: int | None, block: SuperBlock, default_width: int) -> int:
+    """The volume's own offset width: what the .vif says, else what the rows prove, else the server's default.
+
+    Raises StorageError if the .vif names a width that does not exist.
+    """
+    return resolve_width(vif.load(vif_path).info.bytes_offset, vif_path, dat_fd, idx_fd, block, default_width)
+
+
+def resolve_width(
+    bytes_offset: int, vif_path: str, dat_fd: int, idx_fd: int | None, block: SuperBlock, default_width: int
+) -> int:
+    """As width_of, with the .vif read already."""
+    if bytes_offset in OFFSET_WIDTHS:
+        return bytes_offset
+    if bytes_offset != 0:
+        raise StorageError(
+            f"BytesOffset mismatch in volume info file {vif_path}, {bytes_offset} bytes: this server knows 4 and 5"
+        )
+    if idx_fd is None or os.fstat(idx_fd).st_size == 0:
+        return default_width
+    for width in (default_width, *(width for width in OFFSET_WIDTHS if width != default_width)):
+        if _rows_fit(dat_fd, idx_fd, width, block):
+            return width
+    return default_width
+
+
+def _rows_fit(dat_fd: int, idx_fd: int, width: int, block: SuperBlock) -> bool:
+    """Whether most of the first and last rows, read with this width, point at headers with their key and size."""
+    rows = os.fstat(idx_fd).st_size // (12 + width)
+    sample = engine.idx_read(idx_fd, width, 0, _SAMPLE_ROWS)
+    if rows > _SAMPLE_ROWS:
+        sample += engine.idx_read(idx_fd, width, rows - _SAMPLE_ROWS, _SAMPLE_ROWS)
+    sample = [row for row in sample if row.offset != 0]
+    matching = 0
+    for row in sample:
+        record = record_at(dat_fd, block.version, row.offset) if row.offset >= block.block_bytes else None
+        matching += record is not None and record.id == row.key and record.size == max(row.size, 0)
+    return matching * 2 > len(sample)
+
+
+def record_at(dat_fd: int, version: int, offset: int, *, check_body: bool = False) -> engine.ScanRec | None:
+    """The record that begins at an offset; None if there is no whole one."""
+    try:
+        records, _ = engine.dat_scan(dat_fd, version, offset, 0, check_body, 1)
+    except engine.NativeError as exc:
+        if exc.code in _END_OF_RECORDS:
+            return None
+        raise
+    return records[0] if records else None
+
+
+def rows_of(idx_fd: int, width: int) -> Iterator[engine.IdxRow]:
+    """All whole rows of an index file."""
+    first = 0
+    while rows := engine.idx_read(idx_fd, width, first, _BATCH):
+        yield from rows
+        first += len(rows)
+
+
+# --------------------------------------------------------------------------------------- records without a row (L1, L3)
+
+
+class RepairRefused(StorageError):
+    """The files are in a state that a repair could make worse: they stay as they are."""
+
+
+@dataclass(slots=True)
+class Repair:
+    """What was done to a volume's files."""
+
+    start: int
+    """Byte offset of the first record looked at."""
+    end: int = 0
+    """Where the last good record ends: the length of .dat afterwards, padding aside."""
+    indexed: int = 0
+    deletes: int = 0
+    """How many of the rows that were added are deletes."""
+    bad_records: int = 0
+    """Records between good ones whose body is damaged: left where they are, without a row."""
+    first_bad_offset: int = 0
+    torn_bytes: int = 0
+    torn_path: str = ""
+
+    def describe(self, dat_path: str, idx_path: str) -> str:
+        """One line for the log."""
+        text = f"indexed {self.indexed} records ({self.deletes} deletes) of {dat_path} in [{self.start}, {self.end}) "
+        text += f"that {idx_path} lacked"
+        if self.bad_records:
+            text += f"; {self.bad_records} damaged records in between got no row, the first at {self.first_bad_offset}"
+        if self.torn_bytes:
+            text += f"; cut off {self.torn_bytes} bytes of a torn record at {self.end}, saved in {self.torn_path}"
+        return text
+
+
+@dataclass
+class _Found:
+    """Rows for the records met by a scan, in order, in compact columns."""
+
+    end: int
+    keys: array[int] = field(default_factory=lambda: array("Q"))
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("i"))
+    empty_cookies: dict[int, int] = field(default_factory=dict)
+    """Row number -> cookie of the records with Size 0, which may be deletes."""
+    bad: int = 0
+    first_bad_offset: int = 0
+
+    def pack(self, width: int) -> bytes:
+        rows = zip(self.keys, self.offsets, self.sizes, strict=True)
+        return b"".join(engine.idx_pack(batch, width) for batch in _batches(rows))
+
+
+def _batches(rows: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+def _is_good(record: engine.ScanRec, version: int) -> bool:
+    """A whole, undamaged record; zeros that a crash left where data was to be are none."""
+    if record.status != 0 or record.size < 0 or record.offset % 8:
+        return False
+    if record.size == 0:
+        return record.append_at_ns != 0 if version == CURRENT_VERSION else bool(record.id or record.cookie)
+    return True
+
+
+def _scan(dat_fd: int, version: int, start: int, end: int) -> _Found:
+    """Reads and checks all records from start on. Ends at the first place from which no next record can be found."""
+    found = _Found(end=start)
+    bad = first_bad = 0
+    offset = start
+    while offset < end:
+        try:
+            records, offset = engine.dat_scan(dat_fd, version, offset, end, True, _BATCH)
+        except engine.NativeError as exc:
+            if exc.code in _END_OF_RECORDS:
+                break
+            raise
+        if not records:
+            break
+        for record in records:
+            if record.status in (NativeCode.ESYS, NativeCode.ENOMEM):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if not _is_good(record, version):
+                first_bad = first_bad or record.offset
+                bad += 1
+                continue
+            if record.size == 0:
+                found.empty_cookies[len(found.keys)] = record.cookie
+            found.keys.append(record.id)
+            found.offsets.append(record.offset)
+            found.sizes.append(record.size)
+            found.end = record.end
+            if bad:
+                found.first_bad_offset = found.first_bad_offset or first_bad
+                found.bad += bad
+                bad = first_bad = 0
+    return found
+
+
+def _settle_empty_records(found: _Found, idx_fd: int | None, width: int) -> int:
+    """Decides for every record with Size 0 whether it is a delete (row size -1); returns how many are."""
+    if not found.empty_cookies:
+        return 0
+    wanted = {found.keys[row] for row in found.empty_cookies}
+    live: dict[int, bool] = {}
+    if idx_fd is not None:
+        for known in rows_of(idx_fd, width):
+            if known.key in wanted:
+                live[known.key] = known.offset != 0 and known.size >= 0
+    deletes = 0
+    for row, key in enumerate(found.keys):
+        if key not in wanted:
+            continue
+        cookie = found.empty_cookies.get(row)
+        if cookie is None:
+            live[key] = True
+        elif live.get(key, False) or cookie == _VACUUM_TOMBSTONE_COOKIE:
+            found.sizes[row] = -1
+            live[key] = False
+            deletes += 1
+        else:
+            live[key] = True
+    return deletes
+
+
+def chain_reaches(dat_fd: int, block: SuperBlock, target: int) -> bool:
+    """Whether records of this version, one behind the other from the super block on, end exactly at target."""
+    offset = block.block_bytes
+    while offset < target:
+        try:
+            records, offset = engine.dat_scan(dat_fd, block.version, offset, target, False, _BATCH)
+        except engine.NativeError as exc:
+            if exc.code in _END_OF_RECORDS:
+                return False
+            raise
+        if not records:
+            return False
+    return offset == target
+
+
+def _save_torn(dat_fd: int, base_path: str, start: int, end: int) -> str:
+    """Copies [start, end) of .dat to a new file `<base>.torn-<start>`, durable before this returns; its path."""
+    path = f"{base_path}.torn-{start}"
+    for attempt in count(1):
+        try:
+            target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            break
+        except FileExistsError:
+            path = f"{base_path}.torn-{start}.{attempt}"
+    try:
+        try:
+            fault("repair.save_torn")
+            at = start
+            while at < end:
+                piece = os.pread(dat_fd, min(_COPY_BYTES, end - at), at)
+                if not piece:
+                    break
+                files.write_all(target, piece)
+                at += len(piece)
+            os.fsync(target)
+        finally:
+            os.close(target)
+        files.sync_dir(os.path.dirname(path))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    return path
+
+
+def _cut_torn(dat_fd: int, base_path: str, repair: Repair, size: int) -> None:
+    """Saves and cuts what is behind the last good record."""
+    if repair.end >= size:
+        return
+    repair.torn_path = _save_torn(dat_fd, base_path, repair.end, size)
+    repair.torn_bytes = size - repair.end
+    fault("repair.truncate")
+    os.ftruncate(dat_fd, repair.end)
+    os.fsync(dat_fd)
+
+
+def index_tail(
+    dat_path: str, idx_path: str, base_path: str, *, width: int, block: SuperBlock, furthest: engine.IdxRow | None
+) -> Repair:
+    """Appends rows for the whole records behind the last indexed one and cuts off a torn one at the end (L3).
+
+    `furthest` is the row whose record ends last, None for an empty index. Order: the torn bytes are saved, then cut,
+    then rows are appended, each step synced: a crash in between is repaired by the next load. Raises RepairRefused when
+    the last indexed record is not what its row says, or the records are of another version than the super block.
+    Failpoints: repair.save_torn, repair.truncate, repair.append_rows.
+    """
+    with files.opened(dat_path, os.O_RDWR) as dat_fd, files.opened(idx_path, os.O_RDWR) as idx_fd:
+        size = os.fstat(dat_fd).st_size
+        start = block.block_bytes
+        if furthest is not None:
+            last = record_at(dat_fd, block.version, furthest.offset, check_body=True)
+            if last is None or last.id != furthest.key or last.status != 0 or last.size != max(furthest.size, 0):
+                raise RepairRefused(f"the last indexed record, at {furthest.offset}, is damaged")
+            start = last.end
+        if block.version != CURRENT_VERSION and not chain_reaches(dat_fd, block, start):
+            raise RepairRefused(f"the records are not those of version {block.version}")
+        found = _scan(dat_fd, block.version, start, size)
+        if found.end > MAX_VOLUME_BYTES[width]:
+            raise RepairRefused(f"the data ends behind {MAX_VOLUME_BYTES[width]}, where {width} byte offsets end")
+        repair = Repair(start, found.end, len(found.keys), _settle_empty_records(found, idx_fd, width))
+        repair.bad_records, repair.first_bad_offset = found.bad, found.first_bad_offset
+        _cut_torn(dat_fd, base_path, repair, size)
+        if found.keys:
+            fault("repair.append_rows")
+            os.lseek(idx_fd, 0, os.SEEK_END)
+            files.write_all(idx_fd, found.pack(width))
+            os.fsync(idx_fd)
+        return repair
+
+
+def rebuild_index(dat_path: str, idx_path: str, base_path: str, *, width: int, block: SuperBlock) -> Repair:
+    """Makes a missing index from the data (L1); a torn record at the end is cut off as in index_tail.
+
+    Raises RepairRefused when no record can be read at all, or when those of another version fit better. Failpoints:
+    repair.save_torn, repair.truncate, index.write, index.rename.
+    """
+    with files.opened(dat_path, os.O_RDWR) as dat_fd:
+        size = os.fstat(dat_fd).st_size
+        start = block.block_bytes
+        found = _scan(dat_fd, block.version, start, size)
+        if not found.keys:
+            raise RepairRefused("not one record in it can be read")
+        if found.end < size and block.version != CURRENT_VERSION:
+            newest = _scan(dat_fd, CURRENT_VERSION, start, size)
+            if newest.end > found.end:
+                raise RepairRefused(f"its records are of version {CURRENT_VERSION}, not {block.version}")
+        if found.end > MAX_VOLUME_BYTES[width]:
+            raise RepairRefused(f"the data ends behind {MAX_VOLUME_BYTES[width]}, where {width} byte offsets end")
+        repair = Repair(start, found.end, len(found.keys), _settle_empty_records(found, None, width))
+        repair.bad_records, repair.first_bad_offset = found.bad, found.first_bad_offset
+        _cut_torn(dat_fd, base_path, repair, size)
+        files.replace_file(idx_path, found.pack(width), point="index")
+        return repair
+
+
+def drop_ragged_tail(idx_path: str, width: int) -> int:
+    """Cuts bytes behind the last whole row off an index (L4); returns how many."""
+    with files.opened(idx_path, os.O_RDWR) as idx_fd:
+        size = os.fstat(idx_fd).st_size
+        ragged = size % (12 + width)
+        if ragged:
+            os.ftruncate(idx_fd, size - ragged)
+            os.fsync(idx_fd)
+        return ragged
+
+
+# -------------------------------------------------------------------------------------------------------- head repair
+
+
+def recover_head(dat_fd: int, idx_path: str, *, width: int, block: SuperBlock, overwritten: int) -> int:
+    """Restores rows that deletes on a tiered volume of an older release wrote over; returns how many.
+
+    `overwritten` is the number of rows at the head with offset 0 and size -1. The first that many records of .dat are
+    those the rows were for. The index is rewritten whole, by rename. Failpoints: index.write, index.rename.
+    """
+    lost: dict[int, tuple[int, int]] = {}
+    offset, left = block.block_bytes, overwritten
+    while left > 0:
+        try:
+            records, offset = engine.dat_scan(dat_fd, block.version, offset, 0, False, min(left, _BATCH))
+        except engine.NativeError as exc:
+            if exc.code in _END_OF_RECORDS:
+                break
+            raise
+        if not records:
+            break
+        for record in records:
+            if record.size > 0:
+                lost[record.id] = (record.offset, record.size)
+            else:
+                lost.pop(record.id, None)
+        left -= len(records)
+    with files.opened(idx_path) as idx_fd:
+        for row in rows_of(idx_fd, width):
+            lost.pop(row.key, None)
+            if not lost:
+                return 0
+        rows = [(key, where, size) for key, (where, size) in lost.items()]
+        head = b"".join(engine.idx_pack(batch, width) for batch in _batches(rows))
+        old = os.pread(idx_fd, os.fstat(idx_fd).st_size, 0)
+    files.replace_file(idx_path, head + old, point="index")
+    return len(lost)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+def same_live_needles(first: tuple[str, str], second: tuple[str, str], width: int) -> bool:
+    """Whether two volumes, each (dat path, idx path), have the same live keys with the same sizes. Changes nothing."""
+    flags = engine.OpenFlag.DAT_READONLY | engine.OpenFlag.IDX_READONLY
+    with (
+        engine.Volume.open(*first, vid=0, flags=flags, offset_width=width) as a,
+        engine.Volume.open(*second, vid=0, flags=flags, offset_width=width) as b,
+    ):
+        live_a = ((row.key, row.size) for row in a.entries(_BATCH) if row.size >= 0)
+        live_b = ((row.key, row.size) for row in b.entries(_BATCH) if row.size >= 0)
+        return all(x == y for x, y in zip_longest(live_a, live_b))

@@ -1,0 +1,627 @@
+"""All volumes of this server: which exist, on which disk, and every change of that.
+
+May import everything of storage, _native and the leaves; not ops or server.
+
+The membership lock guards which volumes are held, nothing else: no disk access, logging, callback or other lock under
+it. Changes of one id (allocate, mount, unmount, delete) exclude each other by a lock of that id, which is taken first
+and may be held over disk access. Looking a volume up takes no lock. The registry mirrors what Python holds for the
+fast lane and is edited here only. Upstream: `weed/storage/store.go`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+from pyvolume._native import engine
+from pyvolume.config import DirConfig
+from pyvolume.digest import report_hash
+from pyvolume.errors import (
+    BadRequest,
+    NativeCode,
+    NoFreeLocation,
+    StorageError,
+    VolumeExists,
+    VolumeNotEmpty,
+    VolumeNotFound,
+)
+from pyvolume.storage import vif
+from pyvolume.storage.disk_location import DiskLocation
+from pyvolume.storage.state import StateFile
+from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
+from pyvolume.storage.volume_load import LoadOptions, create_volume
+from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part
+
+log = logging.getLogger(__name__)
+
+ChangeKind = Literal["new", "deleted"]
+ChangeListener = Callable[[ChangeKind, VolumeShortInfo], None]
+
+_CLOSE_WORKERS: Final = 16
+
+
+class StoreConfig(Protocol):
+    """What the store needs to know; config.ServerConfig has it."""
+
+    @property
+    def dirs(self) -> tuple[DirConfig, ...]: ...
+    @property
+    def ip(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def server_id(self) -> str: ...
+    @property
+    def index_kind(self) -> str: ...
+    @property
+    def offset_bytes(self) -> int: ...
+    @property
+    def repair_on_load(self) -> bool: ...
+
+
+class _IdLocks:
+    """One lock for each id in use; an id that nobody holds or waits for costs nothing."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[int, tuple[threading.Lock, int]] = {}
+
+    @contextlib.contextmanager
+    def hold(self, vid: int) -> Iterator[None]:
+        with self._guard:
+            lock, users = self._locks.get(vid, (threading.Lock(), 0))
+            self._locks[vid] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[vid]
+                if users == 1:
+                    del self._locks[vid]
+                else:
+                    self._locks[vid] = (lock, users - 1)
+
+
+@dataclass
+class _Progress:
+    """Counts entries loaded over all locations."""
+
+    report: Callable[[int, int], None]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    done: int = 0
+    total: int = 0
+
+    def __call__(self, done: int, more: int) -> None:
+        with self.lock:
+            self.done += done
+            self.total += more
+            counts = self.done, self.total
+        self.report(*counts)
+
+
+class Store:
+    """The storage of one server process. Thread-safe unless said otherwise.
+
+    Use: construct, `load`, serve, `close`. `volume_size_limit` (bytes, 0 = not known yet) and `preallocate` are set by
+    whoever talks to the master.
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self.volume_size_limit = 0
+        self.preallocate = False
+        self.registry = engine.Registry()
+        self._lock = threading.Lock()
+        self._ids = _IdLocks()
+        self._by_vid: dict[int, Volume] = {}
+        self._registry_lock = threading.Lock()
+        self._listeners: list[ChangeListener] = []
+        self._max_file_key = 0
+        self.options = LoadOptions(
+            offset_width=config.offset_bytes, repair=config.repair_on_load, index_kind=config.index_kind
+        )
+        self.locations = [
+            DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
+        ]
+        self.state = StateFile(self.locations[0].idx_directory if self.locations else ".")
+
+    # ------------------------------------------------------------------------------------------------- start and stop
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Locks all directories, loads all volumes (all disks at once), reads state.pb. Blocks on disk.
+
+        Raises DirectoryInUse, or StorageError for a directory without a uuid and an unreadable state; then nothing is
+        held. A broken volume is logged and left out. `progress(done, total)` is called from the loading threads.
+        """
+        try:
+            for location in self.locations:
+                location.open()
+            self.check_free_space()
+            counter = _Progress(progress) if progress is not None else None
+            self._load_locations(at_startup=True, progress=counter)
+            try:
+                self.state.load()
+            except StorageError as exc:
+                raise StorageError(f"failed to resolve state for volume {self.config.server_id}: {exc}") from exc
+        except BaseException:
+            self.close()
+            raise
+
+    def load_new_volumes(self) -> None:
+        """Loads volumes whose files came to the directories since (SIGHUP). They are not announced as deltas."""
+        self._load_locations(at_startup=True, progress=None)
+
+    def _load_locations(self, *, at_startup: bool, progress: _Progress | None) -> None:
+        distinct: list[DiskLocation] = []
+        for location in self.locations:
+            if any(location.is_same_place(other) for other in distinct):
+                log.warning("directory %s is given twice: its volumes are served once", location.directory)
+            else:
+                distinct.append(location)
+
+        def run(location: DiskLocation) -> None:
+            twins = [other for other in self.locations if other is not location and location.is_same_place(other)]
+            location.load_existing(
+                take=lambda volume: self._take_loaded(location, volume),
+                skip=lambda vid: any(twin.find(vid) is not None for twin in twins),
+                progress=progress,
+                at_startup=at_startup,
+            )
+
+        if not distinct:
+            return
+        with ThreadPoolExecutor(len(distinct), thread_name_prefix="load-disk") as pool:
+            for future in [pool.submit(run, location) for location in distinct]:
+                future.result()
+
+    def _take_loaded(self, location: DiskLocation, volume: Volume) -> None:
+        """A volume found by a directory scan becomes a member, unless its id is held in that directory by now."""
+        with self._ids.hold(volume.vid):
+            other = self.find_volume(volume.vid)
+            if not self._join(location, volume):
+                log.error(
+                    "volume %d is in %s twice: %s is served, %s is not",
+                    volume.vid,
+                    location.directory,
+                    location.find(volume.vid),
+                    volume,
+                )
+                volume.close()
+            elif other is not None:
+                first = self.find_volume(volume.vid)
+                log.error(
+                    "volume %d is on two disks of this server: %s and %s; %s is served, compare them and delete one",
+                    volume.vid,
+                    other,
+                    volume,
+                    first,
+                )
+
+    def sync(self) -> None:
+        """Flushes all volumes; what fails is logged. Blocks on disk."""
+        for volume in self.volumes():
+            try:
+                volume.sync()
+            except StorageError as exc:
+                log.warning("volume %d: sync: %s", volume.vid, exc)
+
+    def close(self) -> None:
+        """Closes all volumes and gives the directories back. Waits for running vacuums. Idempotent; blocks on disk."""
+        volumes = self.volumes()
+        if volumes:
+            with ThreadPoolExecutor(min(_CLOSE_WORKERS, len(volumes)), thread_name_prefix="close") as pool:
+                for future in [pool.submit(self._drop, volume) for volume in volumes]:
+                    future.result()
+        for location in self.locations:
+            location.release()
+
+    def _drop(self, volume: Volume) -> None:
+        with self._ids.hold(volume.vid):
+            self._leave(volume)
+            volume.close()
+
+    # ----------------------------------------------------------------------------------------------------- membership
+
+    def find_volume(self, vid: int) -> Volume | None:
+        """The volume served under an id: that of the first location that has it. Takes no lock."""
+        return self._by_vid.get(vid)
+
+    def has_volume(self, vid: int) -> bool:
+        return vid in self._by_vid
+
+    def volumes(self) -> list[Volume]:
+        """All volumes held, by location, then id."""
+        return [volume for location in self.locations for volume in location.volumes()]
+
+    def copies(self, vid: int) -> list[Volume]:
+        """The volumes of an id on all disks, in their order; more than one only if something went wrong."""
+        with self._lock:
+            return [v for location in self.locations if (v := location.find(vid)) is not None]
+
+    def _join(self, location: DiskLocation, volume: Volume) -> bool:
+        """Makes a volume a member and publishes it; false if the location holds the id. Needs the id's lock."""
+        volume.on_reopen = self._republish
+        with self._lock:
+            if location.find(volume.vid) is not None:
+                return False
+            location.add(volume)
+            self._settle(volume.vid)
+        self._republish(volume)
+        volume.refresh_read_only()
+        return True
+
+    def _leave(self, volume: Volume) -> bool:
+        """Ends a membership; false if it had none. Needs the id's lock. The files stay open."""
+        location = volume.location
+        if location is None:
+            return False
+        with self._lock:
+            removed = location.remove(volume)
+            if removed:
+                self._settle(volume.vid)
+        if removed:
+            self._republish(volume)
+        return removed
+
+    def _settle(self, vid: int) -> None:
+        """Needs the membership lock: which of the copies of an id is served."""
+        for location in self.locations:
+            volume = location.find(vid)
+            if volume is not None:
+                self._by_vid[vid] = volume
+                return
+        self._by_vid.pop(vid, None)
+
+    def _republish(self, volume: Volume) -> None:
+        """Brings the registry's entry of this id up to date with what is served. Never blocks on disk."""
+        with self._registry_lock:
+            served = self._by_vid.get(volume.vid)
+            with contextlib.suppress(engine.NativeError):
+                self.registry.withdraw(volume.vid)
+            if served is not None and served.is_open and not served.is_remote:
+                try:
+                    self.registry.publish(volume.vid, served.handle)
+                except engine.NativeError as exc:
+                    if exc.code != NativeCode.ECLOSED:
+                        log.warning("volume %d is not served by the fast lane: %s", volume.vid, exc)
+
+    def subscribe(self, listener: ChangeListener) -> None:
+        """Calls listener(kind, info) for every volume that is made, mounted, unmounted or deleted from now on.
+
+        On the thread that made the change, after it, with no lock held but the id's; it must not block for long.
+        """
+        with self._lock:
+            self._listeners = [*self._listeners, listener]
+
+    def _notify(self, kind: ChangeKind, info: VolumeShortInfo) -> None:
+        for listener in self._listeners:
+            try:
+                listener(kind, info)
+            except Exception:  # a listener's fault must not undo a change that has happened
+                log.exception("telling of %s volume %d", kind, info.id)
+
+    # --------------------------------------------------------------------------------------------------------- needles
+
+    def read_needle(self, vid: int, key: int, *, read_deleted: bool = False, meta_ok: bool = False) -> engine.Needle:
+        """As Volume.read_needle; VolumeNotFound `volume %d not found`."""
+        volume = self.find_volume(vid)
+        if volume is None:
+            raise VolumeNotFound(f"volume {vid} not found")
+        return volume.read_needle(key, read_deleted=read_deleted, meta_ok=meta_ok)
+
+    def write_needle(
+        self, vid: int, needle: NeedleIn, *, check_cookie: bool = True, fsync: bool = False
+    ) -> engine.WriteResult:
+        """As Volume.write_needle; VolumeNotFound `volume %d not found on <ip>:<port>`."""
+        return self._volume_for_write(vid).write_needle(needle, check_cookie=check_cookie, fsync=fsync)
+
+    def delete_needle(self, vid: int, key: int, cookie: int, checksum: int = 0) -> int:
+        """As Volume.delete_needle; VolumeNotFound `volume %d not found on <ip>:<port>`."""
+        return self._volume_for_write(vid).delete_needle(key, cookie, checksum)
+
+    def _volume_for_write(self, vid: int) -> Volume:
+        volume = self.find_volume(vid)
+        if volume is None:
+            raise VolumeNotFound(f"volume {vid} not found on {self.config.ip}:{self.config.port}")
+        return volume
+
+    # --------------------------------------------------------------------------------------------- volumes come and go
+
+    def allocate_volume(
+        self,
+        vid: int,
+        collection: str,
+        replication: ReplicaPlacement,
+        ttl: Ttl = Ttl.NONE,
+        preallocate: int = 0,
+        disk_type: str = "",
+        version: int = 3,
+        memory_map_max_mb: int = 0,
+    ) -> Volume:
+        """Makes an empty volume in the directory of that disk type that holds the fewest; announces it.
+
+        memory_map_max_mb only ever did something on Windows; it is accepted and ignored. Raises VolumeExists,
+        NoFreeLocation `No more free space left`, BadRequest (a collection that is no part of a file name),
+        StorageError, DiskError. Blocks on disk.
+        """
+        if not is_plain_file_part(collection):
+            raise BadRequest(f"invalid collection {collection!r}")
+        with self._ids.hold(vid):
+            if self.has_volume(vid):
+                raise VolumeExists(f"Volume Id {vid} already exists!")
+            location = self._reserve_location(disk_type)
+            try:
+                log.info(
+                    "In dir %s (disk ID %d) adds volume:%d collection:%s replicaPlacement:%s ttl:%s",
+                    location.directory,
+                    location.disk_id,
+                    vid,
+                    collection,
+                    replication,
+                    ttl,
+                )
+                volume = create_volume(
+                    location.directory,
+                    location.idx_directory,
+                    collection,
+                    vid,
+                    replica_placement=replication,
+                    ttl=ttl,
+                    preallocate_bytes=preallocate,
+                    version=version,
+                    location=location,
+                    disk_id=location.disk_id,
+                    options=self.options,
+                )
+                self._join(location, volume)
+            finally:
+                with self._lock:
+                    location.pending_creations -= 1
+            log.info("add volume %d on disk ID %d", vid, location.disk_id)
+            self._notify("new", volume.short_info())
+            return volume
+
+    def _reserve_location(self, disk_type: str) -> DiskLocation:
+        """The directory for a new volume, one of its slots taken until pending_creations is counted down."""
+        counts = {location.disk_id: location.local_volume_count for location in self.locations}
+        with self._lock:
+            fitting = [loc for loc in self.locations if loc.disk_type == disk_type and loc.can_take_volume()]
+            if not fitting:
+                raise NoFreeLocation("No more free space left")
+            location = min(fitting, key=lambda loc: counts[loc.disk_id] + loc.pending_creations)
+            location.pending_creations += 1
+            return location
+
+    def find_free_location(self, wanted: Callable[[DiskLocation], bool] | None = None) -> DiskLocation | None:
+        """The directory with the most free slots for a copied volume, low disks left out; None if none has one.
+
+        Quirk: a directory without a limit (-max 0, before the first heartbeat) has no slots. Upstream:
+        FindFreeLocation.
+        """
+        best, most = None, 0
+        for location in self.locations:
+            if (wanted is None or wanted(location)) and not location.is_low and location.free_slots > most:
+                best, most = location, location.free_slots
+        return best
+
+    def mount_volume(self, vid: int) -> Volume:
+        """Loads a volume from the first directory that has files of it; one that is mounted stays so.
+
+        Announced as new either way, as upstream. Raises VolumeNotFound `volume %d not found on disk`, whatever the
+        reason (the log has it). Blocks on disk.
+        """
+        with self._ids.hold(vid):
+            volume = self.find_volume(vid)
+            for location in self.locations if volume is None else ():
+                volume = location.load_one(vid)
+                if volume is not None:
+                    self._join(location, volume)
+                    break
+            if volume is None:
+                raise VolumeNotFound(f"volume {vid} not found on disk")
+            log.info("mount volume %d", vid)
+            self._notify("new", volume.short_info())
+            return volume
+
+    def unmount_volume(self, vid: int) -> None:
+        """Closes every copy of a volume; one that is not mounted is no error. Waits for a running vacuum."""
+        with self._ids.hold(vid):
+            for volume in self.copies(vid):
+                info = volume.short_info()
+                self._leave(volume)
+                volume.close()
+                log.info("UnmountVolume %d disk_id:%d", vid, volume.disk_id)
+                self._notify("deleted", info)
+
+    def delete_volume(self, vid: int, only_empty: bool = False, keep_remote: bool = False) -> None:
+        """Removes every copy of a volume with its files.
+
+        keep_remote concerns tiered volumes: their object is not to be touched. Raises VolumeNotFound `delete volume %d
+        not found on disk`, VolumeNotEmpty (at once: copies before that one are gone), VolumeBusy. Blocks on disk.
+        """
+        with self._ids.hold(vid):
+            copies = self.copies(vid)
+            if not copies:
+                raise VolumeNotFound(f"delete volume {vid} not found on disk")
+            failures: list[StorageError] = []
+            for volume in copies:
+                info = volume.short_info()
+                try:
+                    self._destroy(volume, only_empty)
+                except VolumeNotEmpty as exc:
+                    raise VolumeNotEmpty(f"DeleteVolume {vid}: {exc}") from None
+                except StorageError as exc:
+                    log.error("DeleteVolume %d: %s", vid, exc)
+                    failures.append(exc)
+                    continue
+                log.info("DeleteVolume %d disk_id:%d", vid, volume.disk_id)
+                self._notify("deleted", info)
+            if failures:
+                text = "\n".join(str(exc) for exc in failures)
+                raise type(failures[0])(f"DeleteVolume {vid} failed on some disks: {text}")
+
+    def _destroy(self, volume: Volume, only_empty: bool = False) -> None:
+        """Needs the id's lock."""
+        volume.destroy(only_empty)
+        self._leave(volume)
+
+    def delete_collection(self, collection: str) -> None:
+        """Removes all volumes of a collection; `""` is the default one. Those being vacuumed are left, silently.
+
+        Raises StorageError with all failures of one location, each followed by `; `; further locations are not touched.
+        """
+        for location in self.locations:
+            failures = ""
+            for volume in location.volumes():
+                if volume.collection != collection or volume.is_compacting:
+                    continue
+                with self._ids.hold(volume.vid):
+                    if location.find(volume.vid) is not volume:
+                        continue
+                    info = volume.short_info()
+                    try:
+                        self._destroy(volume)
+                    except StorageError as exc:
+                        failures += f"{exc}; "
+                        continue
+                    self._notify("deleted", info)
+            if failures:
+                raise StorageError(failures)
+
+    def configure_volume(self, vid: int, replication: ReplicaPlacement) -> None:
+        """Writes another replication into the .vif of a volume, which should be unmounted for that.
+
+        Raises StorageError `volume %d not found on disk`, `volume %d failed to load vif: …`, `… failed to save vif: …`.
+        """
+        with self._ids.hold(vid):
+            for location in self.locations:
+                entry = location.locate(vid)
+                if entry is None:
+                    continue
+                path = f"{location.directory}/{entry[: entry.rindex('.')]}.vif"
+                known = vif.load(path)
+                if known.error:
+                    raise StorageError(f"volume {vid} failed to load vif: {known.error}")
+                known.info.replication = str(replication)
+                try:
+                    vif.save(path, known.info)
+                except StorageError as exc:
+                    raise StorageError(f"volume {vid} failed to save vif: {exc}") from exc
+                return
+        raise VolumeNotFound(f"volume {vid} not found on disk")
+
+    def consolidate_index(self, vid: int) -> None:
+        """Moves an index that lies beside the data to the idx directory; reads go on. Nothing to do is success.
+
+        Raises VolumeNotFound `volume %d not found on disk`, StorageError `relocate index for volume %d: move .idx: …`.
+        """
+        with self._ids.hold(vid):
+            volume = self.find_volume(vid)
+            if volume is None or volume.location is None:
+                raise VolumeNotFound(f"volume {vid} not found on disk")
+            if volume.location.idx_directory != volume.location.directory:
+                volume.relocate_index(volume.location.idx_directory)
+
+    def mark_readonly(self, vid: int, can_delete: bool = False, persist: bool = False) -> None:
+        """As Volume.set_read_only; VolumeNotFound `volume %d not found`."""
+        self._marked(vid).set_read_only(can_delete, persist)
+
+    def mark_writable(self, vid: int) -> None:
+        """As Volume.set_writable; VolumeNotFound `volume %d not found`."""
+        self._marked(vid).set_writable()
+
+    def _marked(self, vid: int) -> Volume:
+        volume = self.find_volume(vid)
+        if volume is None:
+            raise VolumeNotFound(f"volume {vid} not found")
+        return volume
+
+    # ------------------------------------------------------------------------------------------------- disks, heartbeat
+
+    def check_free_space(self) -> None:
+        """Looks at every disk, all at once; to be called each minute. Waits half a second for a dead one."""
+        if not self.locations:
+            return
+        with ThreadPoolExecutor(len(self.locations), thread_name_prefix="disk-check") as pool:
+            for future in [pool.submit(location.check_free_space) for location in self.locations]:
+                future.result()
+
+    def recompute_auto_max(self) -> bool:
+        """Sizes the directories with -max 0 by their free space; true if a maximum changed. Waits for the disks.
+
+        Does nothing until the volume size limit is known. Upstream: MaybeAdjustVolumeMax.
+        """
+        limit = self.volume_size_limit
+        if limit == 0:
+            return False
+        changed = False
+        for location in self.locations:
+            if location.original_max != 0:
+                continue
+            try:
+                unclaimed = location.disk_usage().free_bytes
+            except OSError as exc:
+                log.warning("disk %s: %s", location.directory, exc)
+                continue
+            if not self.preallocate:
+                unclaimed -= location.unused_bytes(limit)
+            maximum = max(1, location.volume_count + max(0, unclaimed) // limit)
+            changed = changed or maximum != location.max_volume_count
+            location.max_volume_count = maximum
+        return changed
+
+    def heartbeat_volumes(self) -> list[VolumeStatusInfo]:
+        """What the master is to be told, by location, then id; destroys ttl volumes that expired long enough ago.
+
+        Left out: volumes of a disk that is unavailable, closed and phantom volumes, quarantined and expired ones. Looks
+        at paths at most every 30 s; blocks on disk only to destroy. For one caller at a time.
+        """
+        infos = []
+        max_key = 0
+        for location in self.locations:
+            if location.is_unavailable:
+                continue
+            for volume in location.volumes():
+                info = volume.to_info()
+                if info is None:
+                    continue
+                max_key = max(max_key, info.max_file_key)
+                if not volume.check_io_health():
+                    continue
+                if not volume.expired(info.size, self.volume_size_limit):
+                    infos.append(info)
+                elif volume.expired_long_enough():
+                    self._remove_expired(location, volume)
+                else:
+                    log.info("volume %d is expired", volume.vid)
+        self._max_file_key = max_key
+        return infos
+
+    def _remove_expired(self, location: DiskLocation, volume: Volume) -> None:
+        with self._ids.hold(volume.vid):
+            if location.find(volume.vid) is not volume:
+                return
+            try:
+                self._destroy(volume)
+            except StorageError as exc:
+                log.warning("delete volume %d: %s", volume.vid, exc)
+                return
+        log.info("volume %d is deleted", volume.vid)
+
+    def max_file_key(self) -> int:
+        """The largest key over all volumes at the last `heartbeat_volumes`."""
+        return self._max_file_key
+
+
+def volumes_digest(infos: list[VolumeStatusInfo]) -> int:
+    """XOR of the report hashes of the volumes of a heartbeat (contract grpc.md 12)."""
+    digest = 0
+    for info in infos:
+        digest ^= report_hash(info)
+    return digest
