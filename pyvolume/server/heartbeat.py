@@ -456,7 +456,7 @@ class Heartbeat:
             grpc_port=config.grpc_port,
             public_url=config.public_url,
             id=config.server_id,
-            max_file_key=max((info.max_file_key for info in infos), default=0),
+            max_file_key=store.max_file_key(),
             deleted_volumes=gone,
             has_no_volumes=full and not send,
             has_no_ec_shards=True,

@@ -82,6 +82,9 @@ class FakeStore:
     def heartbeat_volumes(self) -> list[Info]:
         return list(self.infos)
 
+    def max_file_key(self) -> int:
+        return max((info.max_file_key for info in self.infos), default=0)
+
     def recompute_auto_max(self) -> bool:
         self.adjusted += 1
         return next(self.adjusts, False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyvolume.errors import PyvolumeError
+from pyvolume.errors import PyvolumeError, VolumeClosed
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.grpc.calls import Call, Handler
 
@@ -17,24 +17,27 @@ if TYPE_CHECKING:
 
 
 def volume_or_not_found(call: Call, vid: int) -> Volume:
-    """The mounted volume. Raises `not found volume id N`."""
+    """The mounted volume. Raises `not found volume id N`, and VolumeClosed for one that is just being unmounted."""
     volume = call.server.store.find_volume(vid)
     if volume is None:
         raise PyvolumeError(f"not found volume id {vid}")
+    if not volume.is_open:
+        raise VolumeClosed(f"volume {vid} is closed")
     return volume
 
 
 def volume_sync_status(call: Call, request: Any) -> Any:
     """What `weed backup` compares: sizes, revision, ttl and replication as text."""
     volume = volume_or_not_found(call, request.volume_id)
+    stat = volume.stat()
     return pb.VolumeSyncStatusResponse(
         volume_id=volume.vid,
         collection=volume.collection,
         replication=str(volume.replica_placement),
         ttl=str(volume.ttl),
-        tail_offset=volume.dat_bytes,
-        compact_revision=volume.compaction_revision,
-        idx_file_size=volume.idx_bytes,
+        tail_offset=stat.dat_bytes,
+        compact_revision=stat.compaction_revision,
+        idx_file_size=stat.idx_bytes,
         version=volume.version,
     )
 
@@ -42,15 +45,15 @@ def volume_sync_status(call: Call, request: Any) -> Any:
 def read_volume_file_status(call: Call, request: Any) -> Any:
     """What a copy is checked against. Both times are those of the `.dat`."""
     volume = volume_or_not_found(call, request.volume_id)
-    modified_s = volume.modified_at_s
+    stat, modified_s = volume.stat(), volume.modified_at_s
     return pb.ReadVolumeFileStatusResponse(
         volume_id=volume.vid,
         idx_file_timestamp_seconds=modified_s,
-        idx_file_size=volume.idx_bytes,
+        idx_file_size=stat.idx_bytes,
         dat_file_timestamp_seconds=modified_s,
-        dat_file_size=volume.dat_bytes,
-        file_count=volume.file_count,
-        compaction_revision=volume.compaction_revision,
+        dat_file_size=stat.dat_bytes,
+        file_count=stat.file_count,
+        compaction_revision=stat.compaction_revision,
         collection=volume.collection,
         disk_type=volume.disk_type,
         volume_info=volume_info_message(volume.info),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyvolume.errors import PyvolumeError, VolumeClosed
+from pyvolume.errors import PyvolumeError
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.grpc.calls import Call, Handler, check_file_part, check_maintenance
 from pyvolume.server.master_client import MARK_TIMEOUT_S
@@ -150,15 +150,15 @@ def volume_status(call: Call, request: Any) -> Any:
     volume = call.server.store.find_volume(request.volume_id)
     if volume is None:
         raise PyvolumeError(f"not found volume id {request.volume_id}")
-    try:
-        return pb.VolumeStatusResponse(
-            is_read_only=volume.is_read_only,
-            volume_size=volume.dat_bytes,
-            file_count=volume.file_count,
-            file_deleted_count=volume.deleted_count,
-        )
-    except VolumeClosed:
-        raise PyvolumeError(f"volume {request.volume_id} data backend not found") from None
+    stat = volume.stat()
+    if not volume.is_open:
+        raise PyvolumeError(f"volume {request.volume_id} data backend not found")
+    return pb.VolumeStatusResponse(
+        is_read_only=volume.is_read_only,
+        volume_size=stat.dat_bytes,
+        file_count=stat.file_count,
+        file_deleted_count=stat.deleted_count,
+    )
 
 
 HANDLERS: dict[str, Handler] = {
