@@ -43,10 +43,10 @@ int pv_form_check(const char *content_type, size_t n, pv_text *message) {
 
 #define LINE_MAX_BYTES 4096 /* buffer of Go's readers: a longer line is an error of theirs */
 
-enum qp_verdict { QP_OK, QP_BYTE, QP_AFTER, QP_SHORT, QP_LONG };
+enum qp_verdict { QP_OK, QP_BYTE, QP_HEX, QP_AFTER, QP_SHORT, QP_LONG };
 
 /* Decodes in into out, which may be in or, to count only, NULL. cut: no boundary ended it. Stops behind limit bytes.
- * *bad: the offending bytes of QP_BYTE and QP_AFTER. */
+ * *bad: the offending bytes of QP_BYTE, QP_HEX and QP_AFTER. */
 static enum qp_verdict qp_run(pv_text in, int cut, unsigned char *out, size_t limit, size_t *out_len, pv_text *bad) {
     enum qp_verdict end = QP_OK;
     size_t n = 0;
@@ -85,15 +85,20 @@ static enum qp_verdict qp_run(pv_text in, int cut, unsigned char *out, size_t li
             /* bytes behind the text are the kept line end */
             unsigned char c = (unsigned char)(i < len ? in.p[i] : in.p[whole - left]);
             if (c == '=') {
-                int high = left >= 3 ? pv__hex((unsigned char)(i + 1 < len ? in.p[i + 1] : '\n')) : -1;
-                int low = left >= 3 ? pv__hex((unsigned char)(i + 2 < len ? in.p[i + 2] : '\n')) : -1;
+                /* what follows within the text; a soft line end was cut off above, so no kept one follows an '=' */
+                int high = i + 2 < len ? pv__hex((unsigned char)in.p[i + 1]) : -1;
+                int low = i + 2 < len ? pv__hex((unsigned char)in.p[i + 2]) : -1;
                 if (high >= 0 && low >= 0) {
                     c = (unsigned char)(high << 4 | low);
                     i += 2;
-                } else if (left < 2 || i + 1 >= len) {
+                } else if (i + 1 == len) {
                     *out_len = n;
-                    return QP_SHORT; /* nothing, or only the line end, behind it */
-                }
+                    return QP_SHORT;
+                } else if (in.p[i + 1] == '\r') {
+                    *bad = pv__slice(in, i + 1, i + 2);
+                    *out_len = n;
+                    return left > 2 ? QP_HEX : QP_SHORT;
+                } /* else it stands for itself */
             } else if (c < 0x80 && (c < ' ' || c > '~') && c != '\t' && c != '\r' && c != '\n') {
                 *bad = pv__slice(in, i, i + 1);
                 *out_len = n;
@@ -260,9 +265,23 @@ static int unfold(struct reader *r, pv_text *kv, int64_t room) {
     }
 }
 
+/* Refuses a header line. Go has brought the name, if that was one, into canonical case when it looks at the value. */
+static int refuse_header(struct reader *r, pv_text kv, size_t key_len) {
+    static const pv_text malformed = {"malformed MIME header line: ", 28};
+    if (memchr(kv.p, ' ', key_len) == NULL) {
+        char *copy = pv__take(r->arena, kv.n);
+        if (copy == NULL) {
+            return PV_EBUFFER;
+        }
+        memcpy(copy, kv.p, kv.n);
+        (void)pv_header_canonical(kv.p, key_len, copy, key_len);
+        kv.p = copy;
+    }
+    return refuse(r, malformed, &kv);
+}
+
 /* Header block of a part, up to and with its blank line. 0, PV_EPARSE, PV_EBUFFER. */
 static int read_headers(struct reader *r, struct part *part) {
-    static const pv_text malformed = {"malformed MIME header line: ", 28};
     static const pv_text too_large = {"multipart: message too large", 28};
     memset(part, 0, sizeof *part);
     int64_t room = PART_HEADER_BYTES - PART_MAP_COST;
@@ -298,16 +317,17 @@ static int read_headers(struct reader *r, struct part *part) {
         size_t colon = (size_t)((const char *)memchr(kv.p, ':', kv.n) - kv.p);
         pv_text key = pv__slice(kv, 0, colon);
         pv_text value = pv__slice(kv, colon + 1, kv.n);
-        int ok = key.n != 0;
+        int key_ok = key.n != 0;
         for (size_t i = 0; i < key.n; i++) {
-            ok &= pv__is_field((unsigned char)key.p[i]) || key.p[i] == ' ';
+            key_ok &= pv__is_field((unsigned char)key.p[i]) || key.p[i] == ' ';
         }
+        int ok = key_ok;
         for (size_t i = 0; i < value.n; i++) {
             unsigned char c = (unsigned char)value.p[i];
             ok &= (c >= ' ' && c != 0x7f) || c == '\t';
         }
         if (!ok) {
-            return refuse(r, malformed, &kv);
+            return refuse_header(r, kv, key_ok ? key.n : 0);
         }
         if (count == PART_HEADERS_MAX) {
             return refuse(r, too_large, NULL);
@@ -402,18 +422,21 @@ static int ends_boundary(pv_text rest) {
 }
 
 /* Bytes of a part from r->at on: *data, and r->at behind them. 1 if a boundary ends them, 0 if the body just stops
- * (*data is what Go would still have given out). */
+ * (*data is what Go would still have given out), -1 if it stops behind what could have been one: then Go reports the
+ * end together with the last byte. */
 static int part_data(struct reader *r, pv_text *data) {
     pv_text t = pv__slice(r->body, r->at, r->body.n);
     pv_text newline = r->bare_newlines ? PV__LIT("\n") : PV__LIT("\r\n");
     pv_text rest;
     size_t at = 0;
+    int stop = 0;
     *data = pv__slice(t, 0, 0);
     if (after_dashes(r, t, PV__LIT(""), &rest)) {
         if (ends_boundary(rest)) {
             return 1;
         }
         at = t.n - rest.n;
+        stop = pv__eq(rest, PV__LIT("-")) ? -1 : 0;
     } else if (t.n < 2 + r->boundary.n && memcmp("--", t.p != NULL ? t.p : "", t.n < 2 ? t.n : 2) == 0 &&
                (t.n <= 2 || pv__starts(r->boundary, pv__slice(t, 2, t.n)))) {
         r->at = r->body.n; /* the beginning of one: not data */
@@ -435,6 +458,7 @@ static int part_data(struct reader *r, pv_text *data) {
             }
             at = t.n - rest.n;
             from = at;
+            stop = pv__eq(rest, PV__LIT("-")) ? -1 : 0;
         }
     }
     /* no boundary; from its last line end on the tail may be the beginning of one */
@@ -451,7 +475,7 @@ static int part_data(struct reader *r, pv_text *data) {
         }
     }
     r->at = r->body.n;
-    return 0;
+    return stop;
 }
 
 static int over_limit(struct reader *r, uint64_t limit) {
@@ -479,20 +503,22 @@ static int take_data(struct reader *r, const struct part *part, uint64_t limit, 
     size_t len = data.n;
     if (is_quoted(part)) {
         pv_text bad = pv__text(NULL, 0);
-        enum qp_verdict v = qp_run(data, !whole, NULL, limit < SIZE_MAX ? (size_t)limit + 1 : SIZE_MAX, &len, &bad);
+        enum qp_verdict v = qp_run(data, whole <= 0, NULL, limit < SIZE_MAX ? (size_t)limit + 1 : SIZE_MAX, &len, &bad);
         if (len <= limit) {
             switch (v) {
             case QP_OK:
                 break;
+            case QP_HEX:
             case QP_BYTE: {
                 char *p = pv__take(r->arena, 64);
                 if (p == NULL) {
                     return PV_EBUFFER;
                 }
                 struct pv__wr w = pv__writer(p, 64);
-                PV__PUT(&w, "quotedprintable: invalid unescaped byte 0x");
+                pv__put_text(&w, v == QP_HEX ? PV__LIT("quotedprintable: invalid hex byte 0x")
+                                             : PV__LIT("quotedprintable: invalid unescaped byte 0x"));
                 pv__put_hex(&w, (unsigned char)bad.p[0], 2, pv__hex_lower);
-                PV__PUT(&w, " in body");
+                pv__put_text(&w, v == QP_HEX ? PV__LIT("") : PV__LIT(" in body"));
                 r->message = pv__text(p, w.n);
                 return PV_EPARSE;
             }
@@ -505,10 +531,10 @@ static int take_data(struct reader *r, const struct part *part, uint64_t limit, 
             }
         }
     }
-    if (len > limit) {
+    if (len > limit && (whole >= 0 || is_quoted(part) || len - 1 > limit)) {
         return over_limit(r, limit);
     }
-    if (!whole) {
+    if (whole <= 0) {
         return refuse(r, PV__LIT("unexpected EOF"), NULL);
     }
     out->data = (const uint8_t *)data.p;
@@ -587,9 +613,7 @@ static int parse_multipart(const pv_upload_req *req, struct reader *r, pv_upload
             return 0;
         }
         pv_text skipped;
-        pv_text bad;
-        size_t len;
-        if (!part_data(r, &skipped) || (is_quoted(&part) && qp_run(skipped, 0, NULL, SIZE_MAX, &len, &bad) != QP_OK)) {
+        if (part_data(r, &skipped) <= 0) {
             return 0;
         }
         r->arena->n = mark;
