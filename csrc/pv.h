@@ -29,7 +29,7 @@
 
 enum pv_err {
     PV_OK = 0,
-    PV_ESYS = -1000,      /* a system call failed: sys_errno; a = offset, b = wanted bytes, c = done bytes */
+    PV_ESYS = -1000, /* a system call failed: sys_errno; a = offset, b = wanted bytes, c = done bytes */
     PV_ENOMEM = -1001,
     PV_EINVAL = -1002,    /* argument out of its documented range: a programming error or a hostile size */
     PV_EEOF = -1003,      /* file ends before what was asked for: a = offset, b = wanted bytes, c = got bytes */
@@ -37,21 +37,21 @@ enum pv_err {
     PV_EDELETED = -1005,  /* key is deleted: a = old size (0 if unknown) */
     PV_ECOOKIE = -1006,   /* a = cookie given, b = cookie on disk */
     PV_ECRC = -1007,      /* a = computed, b = stored, c = needle id */
-    PV_ESIZE = -1008,     /* header size differs: a = offset, b = found id, c = found size (as u32), d = expected size */
-    PV_ECORRUPT = -1009,  /* a field runs past the body: a = field number 1..7 of the contract's table */
-    PV_EVERSION = -1010,  /* unknown needle or super block version: a = version */
-    PV_ECLOSED = -1011,   /* the volume handle was closed */
+    PV_ESIZE = -1008,    /* header size differs: a = offset, b = found id, c = found size (as u32), d = expected size */
+    PV_ECORRUPT = -1009, /* a field runs past the body: a = field number 1..7 of the contract's table */
+    PV_EVERSION = -1010, /* unknown needle or super block version: a = version */
+    PV_ECLOSED = -1011,  /* the volume handle was closed */
     PV_EREADONLY = -1012, /* the handle was opened or switched read-only */
     PV_EFULL = -1013,     /* append offset at the volume's size limit: a = offset, b = limit */
     PV_EBUFFER = -1014,   /* output buffer too small: a = needed bytes */
     PV_ERANGE = -1015,    /* number does not fit */
     PV_EEXISTS = -1016,   /* vid already in the registry */
-    PV_EPARSE = -1017,    /* text or message malformed: a = sub-code documented at the function, b/c = position, length */
-    PV_EMETA = -1018,     /* metadata span of a large needle out of bounds: a = span, b = data size, c = size, d = offset */
-    PV_EID = -1019,       /* record's id is not the row's key: a = found id, b = expected key, c = offset */
-    PV_EALIGN = -1020,    /* file length is not a multiple of the row size: a = length */
-    PV_ESTALE = -1021,    /* the volume was compacted between two pieces of one read: look the needle up again */
-    PV_EMORE = -1022      /* input incomplete, give more bytes (not a failure) */
+    PV_EPARSE = -1017, /* text or message malformed: a = sub-code documented at the function, b/c = position, length */
+    PV_EMETA = -1018, /* metadata span of a large needle out of bounds: a = span, b = data size, c = size, d = offset */
+    PV_EID = -1019,   /* record's id is not the row's key: a = found id, b = expected key, c = offset */
+    PV_EALIGN = -1020, /* file length is not a multiple of the row size: a = length */
+    PV_ESTALE = -1021, /* the volume was compacted between two pieces of one read: look the needle up again */
+    PV_EMORE = -1022   /* input incomplete, give more bytes (not a failure) */
 };
 
 typedef struct pv_errinfo {
@@ -91,12 +91,12 @@ enum pv_needle_flag {
 /* One needle in parsed form. Pointers are borrowed from the buffer it was parsed from, or from whoever filled it in. */
 typedef struct pv_needle {
     uint64_t id;
-    uint64_t append_at_ns; /* v3, else 0 */
+    uint64_t append_at_ns;    /* v3, else 0 */
     uint64_t last_modified_s; /* low 40 bits are stored */
     uint32_t cookie;
-    int32_t size;          /* header Size: body bytes without checksum, time and padding */
+    int32_t size; /* header Size: body bytes without checksum, time and padding */
     uint32_t data_size;
-    uint32_t checksum;     /* raw CRC-32C; after a parse that skipped the CRC: the stored word */
+    uint32_t checksum; /* raw CRC-32C; after a parse that skipped the CRC: the stored word */
     uint8_t flags;
     uint8_t ttl_count;
     uint8_t ttl_unit;
@@ -160,22 +160,24 @@ PV_API void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out)
 PV_API void pv_idx_row_put(const pv_idx_row *row, uint8_t width, uint8_t *buf);
 /* Reads up to max_rows rows beginning with row number first_row; returns the number read (0 at the end; a ragged tail
  * is not a row). */
-PV_API int pv_idx_read(int fd, uint8_t width, uint64_t first_row, pv_idx_row *rows, size_t max_rows, pv_errinfo *err) PV_WUR;
+PV_API int pv_idx_read(int fd, uint8_t width, uint64_t first_row, pv_idx_row *rows, size_t max_rows,
+                       pv_errinfo *err) PV_WUR;
 
 typedef struct pv_idx_summary {
     uint64_t file_bytes;
-    uint64_t rows;           /* whole rows */
-    uint64_t ragged_bytes;   /* bytes behind the last whole row */
+    uint64_t rows;         /* whole rows */
+    uint64_t ragged_bytes; /* bytes behind the last whole row */
     uint64_t max_key;
-    uint64_t max_end;        /* largest offset + record length over rows with offset != 0 (tombstones count as size 0) */
-    pv_idx_row last;         /* last whole row */
-    pv_idx_row furthest;     /* the row max_end comes from */
+    uint64_t max_end;    /* largest offset + record length over rows with offset != 0 (tombstones count as size 0) */
+    pv_idx_row last;     /* last whole row */
+    pv_idx_row furthest; /* the row max_end comes from */
     uint64_t leading_zero_rows; /* rows at the head with offset 0 and size -1 */
-    uint64_t past_end;       /* live rows that end behind dat_size */
+    uint64_t past_end;          /* live rows that end behind dat_size */
     uint64_t first_past_end_key;
-    uint64_t max_valid_end;  /* largest offset + record length over rows with size >= 0 */
+    uint64_t max_valid_end; /* largest offset + record length over rows with size >= 0 */
 } pv_idx_summary;
-PV_API int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat_size, pv_idx_summary *out, pv_errinfo *err) PV_WUR;
+PV_API int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat_size, pv_idx_summary *out,
+                            pv_errinfo *err) PV_WUR;
 
 /* ------------------------------------------------------------------ needle map (pv_map.c) */
 
@@ -183,13 +185,13 @@ PV_API int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat
 typedef struct pv_map pv_map;
 
 typedef struct pv_map_stats {
-    uint64_t entries;       /* keys held, deleted ones included */
-    uint64_t file_count;    /* puts, overwrites included (contract storage.md 15) */
-    uint64_t file_bytes;    /* sum of put sizes */
+    uint64_t entries;    /* keys held, deleted ones included */
+    uint64_t file_count; /* puts, overwrites included (contract storage.md 15) */
+    uint64_t file_bytes; /* sum of put sizes */
     uint64_t deleted_count;
     uint64_t deleted_bytes;
     uint64_t max_key;
-    uint64_t memory_bytes;  /* allocated by the map */
+    uint64_t memory_bytes; /* allocated by the map */
 } pv_map_stats;
 
 /* Gives a map; free with pv_map_free. */
@@ -198,7 +200,8 @@ PV_API void pv_map_free(pv_map *m);
 /* Found: 0 and *offset (bytes), *size (maybe negative). Else PV_ENOTFOUND. Takes the map lock shared. */
 PV_API int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
 /* Sets a key and counts. *old_offset, *old_size: what was there (old_size 0 and old_offset 0 if nothing). */
-PV_API int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, uint64_t *old_offset, int32_t *old_size) PV_WUR;
+PV_API int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, uint64_t *old_offset,
+                      int32_t *old_size) PV_WUR;
 /* Negates the size of a key (0 becomes -1) and counts. *old_size: size before; PV_ENOTFOUND if the key is unknown. */
 PV_API int pv_map_delete(pv_map *m, uint64_t key, int32_t *old_size) PV_WUR;
 /* Replays rows [first_row, end) of an index file: storage.md 5 and 15 ("memory, after reload"). first_row 0 for a load. */
@@ -225,18 +228,19 @@ typedef struct pv_vol_opts {
     const char *idx_path; /* borrows */
     uint32_t vid;
     uint32_t flags;
-    uint8_t offset_width;     /* 4 or 5 */
-    uint8_t version;          /* 0: the super block's; else overrides how records are read and written */
-    uint8_t has_ttl;          /* the volume has a ttl: the unchanged test of a write is skipped */
+    uint8_t offset_width; /* 4 or 5 */
+    uint8_t version;      /* 0: the super block's; else overrides how records are read and written */
+    uint8_t has_ttl;      /* the volume has a ttl: the unchanged test of a write is skipped */
     uint8_t reserved;
     uint64_t preallocate_bytes; /* with PV_VOL_CREATE: fallocate(KEEP_SIZE) */
     uint64_t max_volume_bytes;  /* 0: 32 GiB for width 4, 8 TiB for width 5 */
-    uint64_t last_append_at_ns; /* what pv_vol_check_tail found; 0: taken from the last index row's record, if readable */
-    pv_superblock superblock;   /* with PV_VOL_CREATE */
+    uint64_t
+        last_append_at_ns;    /* what pv_vol_check_tail found; 0: taken from the last index row's record, if readable */
+    pv_superblock superblock; /* with PV_VOL_CREATE */
 } pv_vol_opts;
 
 typedef struct pv_vol_stats {
-    uint64_t dat_bytes;       /* append offset: file length rounded up to 8 at open, then end of last record */
+    uint64_t dat_bytes; /* append offset: file length rounded up to 8 at open, then end of last record */
     uint64_t idx_bytes;
     uint64_t file_count;
     uint64_t file_bytes;
@@ -246,9 +250,9 @@ typedef struct pv_vol_stats {
     uint64_t map_entries;
     uint64_t map_bytes;
     uint64_t last_append_at_ns;
-    uint64_t last_modified_s;  /* largest LastModified written since open, 0 if none */
+    uint64_t last_modified_s;   /* largest LastModified written since open, 0 if none */
     uint64_t last_write_wall_s; /* wall clock of the last extending write since open, 0 if none */
-    uint64_t eio_count;        /* consecutive EIO seen */
+    uint64_t eio_count;         /* consecutive EIO seen */
     uint32_t vid;
     uint16_t compaction_revision;
     uint8_t version;
@@ -283,8 +287,8 @@ PV_API int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) P
 PV_API int pv_vol_sync(pv_vol *v, pv_errinfo *err) PV_WUR;
 
 typedef struct pv_entry {
-    uint64_t offset;  /* bytes; 0 = none */
-    int32_t size;     /* as in a map */
+    uint64_t offset;   /* bytes; 0 = none */
+    int32_t size;      /* as in a map */
     uint32_t revision; /* compaction revision the offset belongs to */
 } pv_entry;
 /* Looks a key up. PV_ENOTFOUND, PV_ECLOSED; with PV_VOL_NO_MAP PV_EINVAL. */
@@ -294,21 +298,21 @@ PV_API int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) PV_WUR;
 PV_API int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;
 
 enum pv_read_flag {
-    PV_READ_DELETED = 1,    /* readDeleted: serve a deleted needle whose old size is known */
-    PV_READ_META_OK = 2,    /* a needle with size > PV_META_ONLY_ABOVE may be read without its data (data == NULL) */
-    PV_READ_ENTRY = 4       /* use *entry instead of the map */
+    PV_READ_DELETED = 1, /* readDeleted: serve a deleted needle whose old size is known */
+    PV_READ_META_OK = 2, /* a needle with size > PV_META_ONLY_ABOVE may be read without its data (data == NULL) */
+    PV_READ_ENTRY = 4    /* use *entry instead of the map */
 };
 #define PV_META_ONLY_ABOVE 1048576
 
 typedef struct pv_read {
-    pv_needle n;            /* n.data == NULL with meta_only */
-    pv_entry entry;         /* where it was found */
-    uint64_t data_offset;   /* byte offset of Data in .dat */
+    pv_needle n;          /* n.data == NULL with meta_only */
+    pv_entry entry;       /* where it was found */
+    uint64_t data_offset; /* byte offset of Data in .dat */
     uint8_t meta_only;
-    uint8_t empty;          /* size 0: nothing was read, cookie not checked */
+    uint8_t empty; /* size 0: nothing was read, cookie not checked */
     uint16_t reserved;
     uint32_t reserved2;
-    uint8_t *buf;           /* gives: free with pv_read_free */
+    uint8_t *buf; /* gives: free with pv_read_free */
     size_t buf_len;
 } pv_read;
 
@@ -316,13 +320,15 @@ typedef struct pv_read {
  * The cookie and the ttl are the caller's business. Errors: PV_ENOTFOUND, PV_EDELETED, PV_ESIZE, PV_ECORRUPT, PV_ECRC,
  * PV_EEOF, PV_ESYS, PV_ECLOSED, PV_EMETA, PV_ENOMEM, PV_ESTALE (PV_READ_ENTRY with another revision). On error nothing
  * is given. A version 1 needle has no metadata to read apart: it is always read whole. */
-PV_API int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, pv_read *out, pv_errinfo *err) PV_WUR;
+PV_API int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, pv_read *out,
+                       pv_errinfo *err) PV_WUR;
 PV_API void pv_read_free(pv_read *r);
 /* Frees the buf of a pv_read whose other fields are no longer needed. NULL is fine. */
 PV_API void pv_buf_free(uint8_t *buf);
 /* Reads len bytes of .dat at a byte offset into buf, if the volume still has that compaction revision (else PV_ESTALE).
  * Short at end of file: PV_EEOF. For streaming large needles. */
-PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t revision, pv_errinfo *err) PV_WUR;
+PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t revision,
+                        pv_errinfo *err) PV_WUR;
 
 enum pv_write_flag {
     PV_WRITE_CHECK_COOKIE = 1, /* refuse another cookie; without it cookie 0 adopts the stored one */
@@ -333,12 +339,12 @@ enum pv_write_flag {
 };
 
 typedef struct pv_write_res {
-    uint64_t offset;          /* of the record */
+    uint64_t offset; /* of the record */
     uint64_t append_at_ns;
-    int32_t size;             /* header Size written */
+    int32_t size; /* header Size written */
     uint32_t checksum;
-    uint32_t cookie;          /* as written (adopted or given) */
-    uint8_t unchanged;        /* nothing was written: same cookie, checksum and data are there already */
+    uint32_t cookie;   /* as written (adopted or given) */
+    uint8_t unchanged; /* nothing was written: same cookie, checksum and data are there already */
     uint8_t reserved[3];
 } pv_write_res;
 
@@ -358,8 +364,8 @@ PV_API int pv_vol_write(pv_vol *v, const pv_needle *n, uint32_t flags, const pv_
 /* Appends a tombstone for a live key (size >= 0): record with Size 0, cookie and checksum as given, then the row
  * (key, tombstone offset, -1), then the map. *deleted_size: the old header Size. A key that is absent or deleted is no
  * error: returns 0 with *deleted_size = -1 and nothing written. */
-PV_API int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, uint32_t flags, const pv_entry *known,
-                         int32_t *deleted_size, pv_write_res *out, pv_errinfo *err) PV_WUR;
+PV_API int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, uint32_t flags,
+                         const pv_entry *known, int32_t *deleted_size, pv_write_res *out, pv_errinfo *err) PV_WUR;
 /* Appends a ready record (WriteNeedleBlob, tail): the blob as it is, but with a new append time in version 3; the map key
  * is id, not the blob's. What is behind the record's length is cut off, missing padding is made up with zeros, so that
  * the next record stays aligned. Unchanged test as in storage.md 14; flags: PV_WRITE_FSYNC, PV_WRITE_ENTRY with *known.
@@ -383,7 +389,7 @@ typedef struct pv_scan_rec {
     int32_t size;
     uint32_t data_size;
     uint32_t checksum;
-    int32_t status;    /* 0, or PV_ECRC, PV_ECORRUPT, ... of this record's body */
+    int32_t status; /* 0, or PV_ECRC, PV_ECORRUPT, ... of this record's body */
     uint8_t flags;
     uint8_t ttl_count;
     uint8_t ttl_unit;
@@ -401,8 +407,8 @@ typedef struct pv_scan_rec {
  *   PV_ECORRUPT a = 0: the header at *offset has a negative Size from which no next record can be found: b = *offset,
  *               c = Size
  *   PV_ESYS, PV_ENOMEM, PV_EVERSION, PV_EINVAL (max 0 or above INT32_MAX) */
-PV_API int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body, pv_scan_rec *recs,
-                       size_t max, pv_errinfo *err) PV_WUR;
+PV_API int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body,
+                       pv_scan_rec *recs, size_t max, pv_errinfo *err) PV_WUR;
 
 enum pv_tail_verdict {
     PV_TAIL_OK = 0,
@@ -416,12 +422,71 @@ enum pv_tail_verdict {
 PV_API int pv_vol_check_tail(int dat_fd, int idx_fd, uint8_t width, uint8_t version, uint64_t *last_append_at_ns,
                              pv_errinfo *err) PV_WUR;
 
+/* ------------------------------------------------------------------ vacuum (pv_compact.c) */
+
+/* One vacuum of one volume, driven by one thread at a time: begin, step until 0, finish, commit, free. Names and rules:
+ * storage.md 17. Writers and readers go on all the time; writers wait for the end of the commit only. */
+typedef struct pv_compact pv_compact;
+
+typedef struct pv_compact_opts {
+    const char *cpd_path;        /* borrows; created or truncated */
+    const char *cpx_path;        /* borrows; created or truncated */
+    pv_superblock superblock;    /* of the new file: revision one more than the old */
+    uint32_t volume_ttl_minutes; /* 0: the volume has none */
+    uint32_t reserved;
+    uint64_t now_s; /* wall clock for the ttl rule */
+    uint64_t preallocate_bytes;
+} pv_compact_opts;
+
+typedef struct pv_compact_stats {
+    uint64_t copied_needles;
+    uint64_t read_bytes;
+    uint64_t source_offset; /* furthest record copied, in the old file */
+    uint64_t expired_needles;
+    uint64_t expired_bytes;
+    uint64_t dropped_needles; /* unreadable ones, left behind */
+    uint64_t dropped_bytes;
+    uint64_t first_dropped_key;
+    uint64_t first_dropped_offset;
+    uint64_t new_dat_bytes;
+    uint64_t new_idx_rows;
+    uint64_t caught_up_rows; /* keys changed meanwhile and brought over */
+    uint64_t caught_up_to;   /* byte offset of the old file up to which rounds without a lock have come */
+    int32_t first_dropped_code;
+    uint32_t marker_left; /* a failed commit could not remove its marker */
+} pv_compact_stats;
+
+typedef struct pv_compact_names {
+    const char *cpd_path; /* all borrowed */
+    const char *dat_path;
+    const char *cpx_path;
+    const char *idx_path;
+    const char *cpc_path;
+    const char *dat_dir;
+    const char *idx_dir;
+} pv_compact_names;
+
+/* Flushes the volume, notes the state to copy, creates the new files. Gives *out: free with pv_compact_free, which leaves
+ * the files. Reads the whole index; takes no lock for longer than a flush. */
+PV_API int pv_compact_begin(pv_vol *v, const pv_compact_opts *opts, pv_compact **out, pv_errinfo *err) PV_WUR;
+/* Copies until about max_bytes more are written. 1: there is more, 0: all is copied. Unreadable records are left behind
+ * and counted; an I/O error ends the vacuum (PV_ESYS). PV_EFULL: the new file would outgrow the offsets. */
+PV_API int pv_compact_step(pv_compact *c, uint64_t max_bytes, pv_errinfo *err) PV_WUR;
+/* Writes out and flushes both new files. */
+PV_API int pv_compact_finish(pv_compact *c, pv_errinfo *err) PV_WUR;
+/* Catches up, makes the marker, renames, switches the volume over. 0: done; remove the marker once nothing that belongs to
+ * the old files is left. 1: switched, but err tells of a rename or directory flush that failed: keep the marker, the next
+ * load finishes. < 0: nothing changed. PV_ESTALE: the volume was vacuumed since begin. */
+PV_API int pv_compact_commit(pv_compact *c, const pv_compact_names *names, pv_errinfo *err) PV_WUR;
+PV_API void pv_compact_stat(const pv_compact *c, pv_compact_stats *out);
+PV_API void pv_compact_free(pv_compact *c);
+
 /* ------------------------------------------------------------------ registry (pv_reg.c) */
 
 /* vid -> volume handle, for lanes that must not ask Python. The registry holds a reference of its own. */
 typedef struct pv_reg pv_reg;
 PV_API int pv_reg_new(pv_reg **out) PV_WUR;
-PV_API void pv_reg_free(pv_reg *r); /* drops its references */
+PV_API void pv_reg_free(pv_reg *r);                                   /* drops its references */
 PV_API int pv_reg_publish(pv_reg *r, uint32_t vid, pv_vol *v) PV_WUR; /* PV_EEXISTS */
 PV_API int pv_reg_withdraw(pv_reg *r, uint32_t vid) PV_WUR;           /* PV_ENOTFOUND */
 /* Gives a reference (pv_vol_unref), or NULL. */

@@ -156,6 +156,14 @@ void pv__free(void *p);
 void *pv__pages(size_t len) PV_WUR;
 void pv__pages_free(void *p, size_t len);
 
+/* ------------------------------------------------------------------ needle map (pv_map.c) */
+
+/* pv_map_load of at most max_rows rows. */
+int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, uint64_t *rows_done,
+                      pv_errinfo *err) PV_WUR;
+/* Adds to file_count what upstream counts besides puts. */
+void pv__map_count_files(pv_map *m, uint64_t more);
+
 /* ------------------------------------------------------------------ files (pv_io.c)
  * Every system call of the engine that touches a file is made here. All are positional, go on after EINTR and short
  * transfers, and are bounded by the length asked for. They return 0 or a code; with PV_ESYS: a = offset, b = wanted

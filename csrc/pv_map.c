@@ -891,15 +891,16 @@ static int apply_row(pv_map *m, const pv_idx_row *row) {
     return 0;
 }
 
-int pv_map_load(pv_map *m, int fd, uint64_t first_row, uint64_t *rows_done, pv_errinfo *err) {
+int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, uint64_t *rows_done, pv_errinfo *err) {
     *rows_done = 0;
     pv_idx_row *rows = pv__malloc(LOAD_ROWS * sizeof *rows);
     if (rows == NULL) {
         return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
     }
-    int rc;
-    do {
-        rc = pv_idx_read(fd, m->width, first_row + *rows_done, rows, LOAD_ROWS, err);
+    int rc = 0;
+    while (*rows_done < max_rows) {
+        size_t want = max_rows - *rows_done < LOAD_ROWS ? (size_t)(max_rows - *rows_done) : LOAD_ROWS;
+        rc = pv_idx_read(fd, m->width, first_row + *rows_done, rows, want, err);
         if (rc <= 0) {
             break;
         }
@@ -914,10 +915,22 @@ int pv_map_load(pv_map *m, int fd, uint64_t first_row, uint64_t *rows_done, pv_e
             rc = pv__fail(err, rc, *rows_done, 0, 0, 0);
             break;
         }
-        rc = count;
-    } while (rc == (int)LOAD_ROWS);
+        if ((size_t)count < want) {
+            break;
+        }
+    }
     pv__free(rows);
     return rc < 0 ? rc : 0;
+}
+
+int pv_map_load(pv_map *m, int fd, uint64_t first_row, uint64_t *rows_done, pv_errinfo *err) {
+    return pv__map_load_rows(m, fd, first_row, UINT64_MAX, rows_done, err);
+}
+
+void pv__map_count_files(pv_map *m, uint64_t more) {
+    pv__wrlock(&m->lock);
+    m->stats.file_count += more;
+    pv__rwunlock(&m->lock);
 }
 
 int pv_map_visit(pv_map *m, uint64_t from, pv_idx_row *rows, size_t max) {

@@ -32,18 +32,14 @@
  *
  * Lock order: append_lock, then state_lock or the map's lock, which are both taken last.
  */
-#include "pv_int.h"
+#include "pv_vol_int.h"
 
 #include <fcntl.h>
-#include <stdatomic.h>
-#include <stdbool.h>
 #include <time.h>
 
-#define GIB32 ((uint64_t)1 << 35) /* what 4 bytes of offset in units of 8 reach; old volumes wrapped there */
 #define TIB8 ((uint64_t)1 << 43)
 #define FILE_MODE 0644U
 #define ALIGN 8U
-#define ROW_MAX 17U
 #define DATA_SIZE_BYTES 4U
 #define CHECKSUM_BYTES 4U
 #define TIME_BYTES 8U
@@ -54,80 +50,6 @@
 #define AT_INDEX 2U
 #define AT_FLUSH 4U
 #define AT_ROLLBACK 8U
-
-typedef struct gen {
-    uint32_t refs; /* guarded by state_lock; the handle holds one */
-    int dat_fd;
-    int idx_fd;
-    pv_map *map; /* NULL with PV_VOL_NO_MAP */
-    pv_superblock sb;
-    _Atomic uint64_t dat_end; /* written under append_lock, read anywhere */
-    _Atomic uint64_t idx_end;
-} gen;
-
-/* A change that waits for a flush; lives on its writer's stack and is linked and changed under append_lock. */
-typedef struct pend {
-    struct pend *next;
-    pv_idx_row row; /* row.offset is the record's */
-    uint64_t len;   /* of the record; 0: nothing was appended, the writer only waits for the flush */
-    pv_entry prior; /* what the map says of the key */
-    bool has_prior;
-    bool row_written; /* .idx holds the row and something behind it */
-    bool cut;         /* scratch of fail_through */
-    bool resolved;
-    int rc;
-    pv_errinfo err;
-} pend;
-
-struct pv_vol {
-    _Atomic uint32_t refs;
-
-    /* fixed at open */
-    uint32_t vid;
-    uint32_t flags;
-    uint8_t width;
-    uint8_t version;
-    bool has_ttl;
-    size_t row_len;
-    uint64_t max_bytes;
-
-    pthread_mutex_t state_lock;
-    pthread_cond_t state_cond; /* ops fell to 0, or closed was set */
-    gen *gen;                  /* changed under append_lock and state_lock; NULL once closed */
-    uint32_t ops;              /* calls that are running */
-    bool closing;
-    bool closed;
-    pv_superblock last_sb; /* what a closed handle answers */
-    pv_map_stats last_map;
-    uint64_t last_dat_end;
-    uint64_t last_idx_end;
-
-    pthread_mutex_t append_lock;
-    pthread_cond_t flush_cond; /* pending records were resolved, or flushing ended */
-    pend *pend_head;           /* ascending offsets */
-    pend *pend_tail;
-    bool flushing;        /* one thread flushes, with append_lock dropped */
-    bool flush_failed;    /* once, ever */
-    bool torn;            /* bytes behind dat_end or idx_end could not be cut off */
-    uint64_t max_row_end; /* furthest end of a record whose row was written since open */
-
-    /* written under append_lock, read anywhere */
-    _Atomic bool no_write;
-    _Atomic bool no_delete;
-    _Atomic uint64_t last_append_at_ns;
-    _Atomic uint64_t last_modified_s;
-    _Atomic uint64_t last_write_wall_s;
-
-    _Atomic uint64_t eio_count;
-};
-
-static uint64_t load_u64(_Atomic uint64_t *p) {
-    return atomic_load_explicit(p, memory_order_acquire);
-}
-
-static void store_u64(_Atomic uint64_t *p, uint64_t value) {
-    atomic_store_explicit(p, value, memory_order_release);
-}
 
 static uint64_t now_ns(void) {
     struct timespec ts;
@@ -146,7 +68,7 @@ static void note_io(pv_vol *v, int rc, const pv_errinfo *err) {
     if (PV__UNLIKELY(rc == PV_ESYS && err->sys_errno == EIO)) {
         atomic_fetch_add(&v->eio_count, 1);
     } else if (PV__UNLIKELY(atomic_load_explicit(&v->eio_count, memory_order_relaxed) != 0)) {
-        store_u64(&v->eio_count, 0);
+        pv__store_u64(&v->eio_count, 0);
     }
 }
 
@@ -162,7 +84,7 @@ static void gen_free(gen *g) {
     pv__free(g);
 }
 
-static int op_enter(pv_vol *v) {
+int pv__vol_enter(pv_vol *v) {
     int rc = PV_ECLOSED;
     pv__mutex_lock(&v->state_lock);
     if (!v->closing) {
@@ -181,14 +103,14 @@ static void op_end(pv_vol *v) {
     }
 }
 
-static void op_leave(pv_vol *v) {
+void pv__vol_leave(pv_vol *v) {
     pv__mutex_lock(&v->state_lock);
     op_end(v);
     pv__mutex_unlock(&v->state_lock);
 }
 
 /* For readers: a running call with a reference on the generation. NULL once the handle is closed. */
-static gen *gen_acquire(pv_vol *v) {
+gen *pv__gen_acquire(pv_vol *v) {
     gen *g = NULL;
     pv__mutex_lock(&v->state_lock);
     if (!v->closing) {
@@ -200,10 +122,19 @@ static gen *gen_acquire(pv_vol *v) {
     return g;
 }
 
-static void gen_release(pv_vol *v, gen *g) {
+void pv__gen_release(pv_vol *v, gen *g) {
     pv__mutex_lock(&v->state_lock);
     bool last = --g->refs == 0;
     op_end(v);
+    pv__mutex_unlock(&v->state_lock);
+    if (last) {
+        gen_free(g);
+    }
+}
+
+void pv__gen_unref(pv_vol *v, gen *g) {
+    pv__mutex_lock(&v->state_lock);
+    bool last = --g->refs == 0;
     pv__mutex_unlock(&v->state_lock);
     if (last) {
         gen_free(g);
@@ -314,10 +245,10 @@ static int load(pv_vol *v, const pv_vol_opts *o, gen *g, pv_errinfo *err) {
     }
     uint64_t first = round_up(PV_SUPERBLOCK + (uint64_t)(g->sb.version == 1 ? 0 : g->sb.extra_size));
     dat_size = round_up(dat_size);
-    store_u64(&g->dat_end, dat_size > first ? dat_size : first);
-    store_u64(&g->idx_end, idx_size);
+    pv__store_u64(&g->dat_end, dat_size > first ? dat_size : first);
+    pv__store_u64(&g->idx_end, idx_size);
     uint64_t found_ns = last_row_time(v, g, idx_size);
-    store_u64(&v->last_append_at_ns, found_ns > o->last_append_at_ns ? found_ns : o->last_append_at_ns);
+    pv__store_u64(&v->last_append_at_ns, found_ns > o->last_append_at_ns ? found_ns : o->last_append_at_ns);
     if (o->flags & PV_VOL_NO_MAP) {
         return 0;
     }
@@ -400,7 +331,7 @@ int pv_vol_open(const pv_vol_opts *opts, pv_vol **out, pv_errinfo *err) {
     v->width = opts->offset_width;
     v->row_len = 12U + opts->offset_width;
     v->has_ttl = opts->has_ttl != 0;
-    v->max_bytes = opts->max_volume_bytes != 0 ? opts->max_volume_bytes : opts->offset_width == 4 ? GIB32 : TIB8;
+    v->max_bytes = opts->max_volume_bytes != 0 ? opts->max_volume_bytes : opts->offset_width == 4 ? PV__GIB32 : TIB8;
     bool files_ro = (opts->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY)) != 0;
     atomic_init(&v->no_write, files_ro || (opts->flags & (PV_VOL_NO_WRITE | PV_VOL_NO_DELETE)) != 0);
     atomic_init(&v->no_delete, files_ro || (opts->flags & PV_VOL_NO_DELETE) != 0);
@@ -487,13 +418,16 @@ int pv_vol_close(pv_vol *v, pv_errinfo *err) {
     pv__mutex_lock(&v->state_lock);
     v->last_sb = g->sb;
     v->last_map = map_stats;
-    v->last_dat_end = load_u64(&g->dat_end);
-    v->last_idx_end = load_u64(&g->idx_end);
+    v->last_dat_end = pv__load_u64(&g->dat_end);
+    v->last_idx_end = pv__load_u64(&g->idx_end);
     v->gen = NULL;
     v->closed = true;
+    bool last = --g->refs == 0; /* a vacuum that was given up may still look at it */
     pv__cond_broadcast(&v->state_cond);
     pv__mutex_unlock(&v->state_lock);
-    gen_free(g);
+    if (last) {
+        gen_free(g);
+    }
     return rc;
 }
 
@@ -502,15 +436,15 @@ int pv_vol_close(pv_vol *v, pv_errinfo *err) {
 int pv_vol_stat(pv_vol *v, pv_vol_stats *out) {
     memset(out, 0, sizeof *out);
     pv_map_stats map_stats = {0};
-    gen *g = gen_acquire(v);
+    gen *g = pv__gen_acquire(v);
     if (g != NULL) {
         if (g->map != NULL) {
             pv_map_stat(g->map, &map_stats);
         }
-        out->dat_bytes = load_u64(&g->dat_end);
-        out->idx_bytes = load_u64(&g->idx_end);
+        out->dat_bytes = pv__load_u64(&g->dat_end);
+        out->idx_bytes = pv__load_u64(&g->idx_end);
         out->compaction_revision = g->sb.compaction_revision;
-        gen_release(v, g);
+        pv__gen_release(v, g);
     } else {
         pv__mutex_lock(&v->state_lock);
         while (!v->closed) {
@@ -530,10 +464,10 @@ int pv_vol_stat(pv_vol *v, pv_vol_stats *out) {
     out->max_key = map_stats.max_key;
     out->map_entries = map_stats.entries;
     out->map_bytes = map_stats.memory_bytes;
-    out->last_append_at_ns = load_u64(&v->last_append_at_ns);
-    out->last_modified_s = load_u64(&v->last_modified_s);
-    out->last_write_wall_s = load_u64(&v->last_write_wall_s);
-    out->eio_count = load_u64(&v->eio_count);
+    out->last_append_at_ns = pv__load_u64(&v->last_append_at_ns);
+    out->last_modified_s = pv__load_u64(&v->last_modified_s);
+    out->last_write_wall_s = pv__load_u64(&v->last_write_wall_s);
+    out->eio_count = pv__load_u64(&v->eio_count);
     out->vid = v->vid;
     out->version = v->version;
     out->offset_width = v->width;
@@ -556,22 +490,22 @@ static int gen_lookup(const gen *g, uint64_t id, pv_entry *out) {
 
 int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) {
     memset(out, 0, sizeof *out);
-    gen *g = gen_acquire(v);
+    gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return PV_ECLOSED;
     }
     int rc = g->map == NULL ? PV_EINVAL : gen_lookup(g, id, out);
-    gen_release(v, g);
+    pv__gen_release(v, g);
     return rc;
 }
 
 int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) {
-    gen *g = gen_acquire(v);
+    gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return PV_ECLOSED;
     }
     int rc = g->map == NULL || max > INT32_MAX ? PV_EINVAL : pv_map_visit(g->map, from, rows, max);
-    gen_release(v, g);
+    pv__gen_release(v, g);
     return rc;
 }
 
@@ -579,7 +513,7 @@ int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) {
 
 /* Every length from a file is held against the file's own before memory is asked for. */
 static int check_span(gen *g, uint64_t offset, uint64_t len, pv_errinfo *err) {
-    uint64_t end = load_u64(&g->dat_end);
+    uint64_t end = pv__load_u64(&g->dat_end);
     if (offset > end || len > end - offset) {
         return pv__fail(err, PV_EEOF, offset, len, offset < end ? end - offset : 0, 0);
     }
@@ -613,10 +547,10 @@ static int read_record_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size
 }
 
 /* The same, with the second try of 4-byte volumes: offsets of volumes that outgrew 32 GiB had wrapped. */
-static int read_record(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
+int pv__read_record(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
     int rc = read_record_at(v, g, offset, size, out, err);
     if (PV__UNLIKELY(rc == PV_ESIZE) && v->width == 4) {
-        rc = read_record_at(v, g, offset + GIB32, size, out, err);
+        rc = read_record_at(v, g, offset + PV__GIB32, size, out, err);
     }
     return rc;
 }
@@ -664,7 +598,7 @@ static int read_meta_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size, 
 static int read_meta(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
     int rc = read_meta_at(v, g, offset, size, out, err);
     if (PV__UNLIKELY(rc == PV_ESIZE) && v->width == 4) {
-        rc = read_meta_at(v, g, offset + GIB32, size, out, err);
+        rc = read_meta_at(v, g, offset + PV__GIB32, size, out, err);
     }
     return rc;
 }
@@ -698,7 +632,7 @@ static int read_entry(pv_vol *v, gen *g, uint64_t id, uint32_t flags, pv_read *o
         }
     }
     if (rc == 0 && whole) {
-        rc = read_record(v, g, out->entry.offset, size, out, err);
+        rc = pv__read_record(v, g, out->entry.offset, size, out, err);
     }
     note_io(v, rc, err);
     return rc;
@@ -709,7 +643,7 @@ int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, p
     err = err != NULL ? err : &own_err;
     pv__err_clear(err);
     memset(out, 0, sizeof *out);
-    gen *g = gen_acquire(v);
+    gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return pv__fail(err, PV_ECLOSED, v->vid, 0, id, 0);
     }
@@ -730,7 +664,7 @@ int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, p
     if (rc == 0) {
         rc = read_entry(v, g, id, flags, out, err);
     }
-    gen_release(v, g);
+    pv__gen_release(v, g);
     if (rc < 0) {
         memset(out, 0, sizeof *out);
     }
@@ -751,7 +685,7 @@ int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t 
     pv_errinfo own_err;
     err = err != NULL ? err : &own_err;
     pv__err_clear(err);
-    gen *g = gen_acquire(v);
+    gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return pv__fail(err, PV_ECLOSED, v->vid, 0, 0, 0);
     }
@@ -762,7 +696,7 @@ int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t 
         rc = pv__io_pread_full(g->dat_fd, buf, len, offset, err);
         note_io(v, rc, err);
     }
-    gen_release(v, g);
+    pv__gen_release(v, g);
     return rc;
 }
 
@@ -788,21 +722,21 @@ static void roll_back(pv_vol *v, int fd, uint64_t end, pv_errinfo *err) {
 
 /* Writes a record at dat_end, which the caller moves. On failure nothing is left of it. */
 static int append_record(pv_vol *v, gen *g, const struct iovec *iov, int iov_count, pv_errinfo *err) {
-    uint64_t end = load_u64(&g->dat_end);
+    uint64_t end = pv__load_u64(&g->dat_end);
     int rc = pv__io_pwritev(g->dat_fd, iov, iov_count, end, err);
     note_io(v, rc, err);
     if (rc < 0) {
         roll_back(v, g->dat_fd, end, err);
         return rc;
     }
-    store_u64(&v->last_write_wall_s, now_ns() / 1000000000U);
+    pv__store_u64(&v->last_write_wall_s, now_ns() / 1000000000U);
     return 0;
 }
 
 /* Writes one row at idx_end and moves it. On failure nothing is left of it. */
 static int append_row(pv_vol *v, gen *g, const pv_idx_row *row, uint64_t record_len, pv_errinfo *err) {
-    uint8_t buf[ROW_MAX];
-    uint64_t end = load_u64(&g->idx_end);
+    uint8_t buf[PV__ROW_MAX];
+    uint64_t end = pv__load_u64(&g->idx_end);
     pv_idx_row_put(row, v->width, buf);
     int rc = pv__io_pwrite(g->idx_fd, buf, v->row_len, end, err);
     if (rc < 0) {
@@ -810,7 +744,7 @@ static int append_row(pv_vol *v, gen *g, const pv_idx_row *row, uint64_t record_
         roll_back(v, g->idx_fd, end, err);
         return rc;
     }
-    store_u64(&g->idx_end, end + v->row_len);
+    pv__store_u64(&g->idx_end, end + v->row_len);
     if (row->offset + record_len > v->max_row_end) {
         v->max_row_end = row->offset + record_len;
     }
@@ -831,7 +765,7 @@ static int map_apply(gen *g, const pv_idx_row *row, pv_errinfo *err) {
 /* The time for the next record: rising, whatever the clock does. */
 static uint64_t next_append_ns(pv_vol *v) {
     uint64_t now = now_ns();
-    uint64_t last = load_u64(&v->last_append_at_ns);
+    uint64_t last = pv__load_u64(&v->last_append_at_ns);
     /* A record that claims the end of time came from a damaged file: begin anew. */
     return now > last || last == UINT64_MAX ? now : last + 1;
 }
@@ -903,7 +837,7 @@ static void resolve_through(pv_vol *v, pend *last) {
  * rest spoiled. A record whose row could not be taken back stays as it is, outvoted by its counter row. */
 static void fail_through(pv_vol *v, gen *g, pend *last, int rc, const pv_errinfo *err) {
     pv_errinfo e = *err;
-    uint64_t old_end = load_u64(&g->dat_end);
+    uint64_t old_end = pv__load_u64(&g->dat_end);
     uint64_t end = old_end;
     for (bool more = true; more;) {
         more = false;
@@ -916,7 +850,7 @@ static void fail_through(pv_vol *v, gen *g, pend *last, int rc, const pv_errinfo
         }
     }
     if (end < old_end) {
-        store_u64(&g->dat_end, end);
+        pv__store_u64(&g->dat_end, end);
         roll_back(v, g->dat_fd, end, &e);
     }
     for (pend *p = v->pend_head; p != last->next; p = p->next) {
@@ -931,11 +865,11 @@ static void fail_through(pv_vol *v, gen *g, pend *last, int rc, const pv_errinfo
 
 /* Writes the rows of the batch. On failure none is left and 0 rows count as written. */
 static int write_batch_rows(pv_vol *v, gen *g, const pend *last, uint64_t *begin, pv_errinfo *err) {
-    *begin = load_u64(&g->idx_end);
+    *begin = pv__load_u64(&g->idx_end);
     for (const pend *p = v->pend_head; p != last->next; p = p->next) {
         int rc = p->len == 0 ? 0 : append_row(v, g, &p->row, p->len, err);
         if (rc < 0) {
-            store_u64(&g->idx_end, *begin);
+            pv__store_u64(&g->idx_end, *begin);
             roll_back(v, g->idx_fd, *begin, err);
             return rc;
         }
@@ -945,8 +879,8 @@ static int write_batch_rows(pv_vol *v, gen *g, const pend *last, uint64_t *begin
 
 /* Takes the batch's rows back after a failed flush of .idx: cuts them off, or outvotes them if others came behind. */
 static void unwrite_batch_rows(pv_vol *v, gen *g, const pend *last, uint64_t begin, uint64_t end, pv_errinfo *err) {
-    if (load_u64(&g->idx_end) == end) {
-        store_u64(&g->idx_end, begin);
+    if (pv__load_u64(&g->idx_end) == end) {
+        pv__store_u64(&g->idx_end, begin);
         roll_back(v, g->idx_fd, begin, err);
         return;
     }
@@ -968,7 +902,7 @@ static int publish_batch(pv_vol *v, gen *g, pend *last, bool sync_idx, pv_errinf
     uint64_t begin;
     int rc = write_batch_rows(v, g, last, &begin, err);
     if (rc == 0 && (sync_idx || unordered)) {
-        uint64_t end = load_u64(&g->idx_end);
+        uint64_t end = pv__load_u64(&g->idx_end);
         pv__mutex_unlock(&v->append_lock);
         rc = pv__io_datasync(g->idx_fd, err);
         pv__mutex_lock(&v->append_lock);
@@ -1059,12 +993,12 @@ typedef struct change {
 static int change_begin(pv_vol *v, change *c, uint64_t id, bool is_delete, uint32_t flags, const pv_entry *known,
                         pv_errinfo *err) {
     memset(c, 0, sizeof *c);
-    int rc = op_enter(v);
+    int rc = pv__vol_enter(v);
     if (rc < 0) {
         return pv__fail(err, rc, v->vid, 0, id, 0);
     }
     pv__mutex_lock(&v->append_lock);
-    while (PV__UNLIKELY(v->pend_head != NULL) && key_is_pending(v, id)) {
+    while (PV__UNLIKELY(v->swapping) || (PV__UNLIKELY(v->pend_head != NULL) && key_is_pending(v, id))) {
         pv__cond_wait(&v->flush_cond, &v->append_lock);
     }
     c->g = v->gen;
@@ -1083,20 +1017,20 @@ static int change_begin(pv_vol *v, change *c, uint64_t id, bool is_delete, uint3
     }
     if (rc < 0) {
         pv__mutex_unlock(&v->append_lock);
-        op_leave(v);
+        pv__vol_leave(v);
     }
     return rc;
 }
 
 static void change_end(pv_vol *v) {
     pv__mutex_unlock(&v->append_lock);
-    op_leave(v);
+    pv__vol_leave(v);
 }
 
 /* Appends the record and publishes it, now or after a flush. size is what the row says: -1 for a tombstone. */
 static int change_append(pv_vol *v, change *c, const struct iovec *iov, int iov_count, int32_t size, pv_errinfo *err) {
     gen *g = c->g;
-    uint64_t begin = load_u64(&g->dat_end);
+    uint64_t begin = pv__load_u64(&g->dat_end);
     c->p.row.offset = begin;
     c->p.row.size = size;
     for (int i = 0; i < iov_count; i++) {
@@ -1106,22 +1040,22 @@ static int change_append(pv_vol *v, change *c, const struct iovec *iov, int iov_
     if (rc < 0) {
         return rc;
     }
-    store_u64(&v->last_append_at_ns, c->append_at_ns);
-    store_u64(&g->dat_end, begin + c->p.len); /* before anyone can find the record */
+    pv__store_u64(&v->last_append_at_ns, c->append_at_ns);
+    pv__store_u64(&g->dat_end, begin + c->p.len); /* before anyone can find the record */
     if (c->fsync) {
         return wait_for_flush(v, g, &c->p, err);
     }
-    uint64_t idx_end = load_u64(&g->idx_end);
+    uint64_t idx_end = pv__load_u64(&g->idx_end);
     rc = append_row(v, g, &c->p.row, c->p.len, err);
     if (rc == 0) {
         rc = map_apply(g, &c->p.row, err);
         if (rc < 0) {
-            store_u64(&g->idx_end, idx_end);
+            pv__store_u64(&g->idx_end, idx_end);
             roll_back(v, g->idx_fd, idx_end, err);
         }
     }
     if (rc < 0) {
-        store_u64(&g->dat_end, begin);
+        pv__store_u64(&g->dat_end, begin);
         roll_back(v, g->dat_fd, begin, err);
     }
     return rc;
@@ -1178,10 +1112,10 @@ static bool is_unchanged(pv_vol *v, gen *g, const pv_entry *prior, const pv_need
         if (stored != checksum && stored != pv_crc_legacy(checksum)) {
             return false;
         }
-    } /* else it may be a wrapped volume: read_record knows */
+    } /* else it may be a wrapped volume: pv__read_record knows */
     pv_read old = {0};
     pv_errinfo ignored;
-    if (read_record(v, g, prior->offset, prior->size, &old, &ignored) < 0) {
+    if (pv__read_record(v, g, prior->offset, prior->size, &old, &ignored) < 0) {
         return false;
     }
     bool same = old.n.cookie == n->cookie && old.n.checksum == checksum && old.n.data_size == n->data_size &&
@@ -1232,7 +1166,7 @@ static int write_locked(pv_vol *v, change *c, const pv_needle *n, uint32_t check
         return pv__fail(err, PV_EINVAL, n->data_size, 0, n->id, 0);
     }
     out->size = size;
-    out->offset = load_u64(&g->dat_end);
+    out->offset = pv__load_u64(&g->dat_end);
     out->cookie = n->cookie;
     out->checksum = checksum;
     if (c->fsync) {
@@ -1276,8 +1210,8 @@ static int write_locked(pv_vol *v, change *c, const pv_needle *n, uint32_t check
         return rc;
     }
     out->append_at_ns = own.append_at_ns;
-    if (n->last_modified_s > load_u64(&v->last_modified_s)) {
-        store_u64(&v->last_modified_s, n->last_modified_s);
+    if (n->last_modified_s > pv__load_u64(&v->last_modified_s)) {
+        pv__store_u64(&v->last_modified_s, n->last_modified_s);
     }
     return 0;
 }
@@ -1328,7 +1262,7 @@ int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, ui
     uint8_t tail[CHECKSUM_BYTES + TIME_BYTES + ALIGN];
     size_t head_len;
     size_t tail_len;
-    out->offset = load_u64(&c.g->dat_end);
+    out->offset = pv__load_u64(&c.g->dat_end);
     out->cookie = cookie;
     out->checksum = checksum;
     rc = pv_needle_frame(&n, v->version, head, &head_len, tail, sizeof tail, &tail_len, &out->size, err);
@@ -1354,7 +1288,7 @@ static bool is_same_blob(pv_vol *v, const change *c, int32_t size, const uint8_t
         pv__io_pread_full(c->g->dat_fd, old_cookie, sizeof old_cookie, c->p.prior.offset, NULL) < 0 ||
         (memcmp(old_cookie, blob, sizeof old_cookie) != 0 && v->width != 4) ||
         pv_needle_parse(blob, len, v->version, size, 0, 0, &n, NULL) < 0 ||
-        read_record(v, c->g, c->p.prior.offset, size, &old, &ignored) < 0) {
+        pv__read_record(v, c->g, c->p.prior.offset, size, &old, &ignored) < 0) {
         return false;
     }
     bool same = old.n.cookie == n.cookie && old.n.checksum == n.checksum && old.n.data_size == n.data_size &&
@@ -1372,7 +1306,7 @@ static int write_blob_locked(pv_vol *v, change *c, int32_t size, const uint8_t *
         return rc;
     }
     out->size = size;
-    out->offset = load_u64(&c->g->dat_end);
+    out->offset = pv__load_u64(&c->g->dat_end);
     if (is_same_blob(v, c, size, blob, len)) {
         out->unchanged = 1;
         out->offset = c->p.prior.offset;
@@ -1443,7 +1377,7 @@ int pv_vol_write_blob(pv_vol *v, uint64_t id, int32_t size, const uint8_t *blob,
 /* ------------------------------------------------------------------ switching and flushing */
 
 int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
-    int rc = op_enter(v);
+    int rc = pv__vol_enter(v);
     if (rc < 0) {
         return rc;
     }
@@ -1452,8 +1386,8 @@ int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
     if (may_append && (v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) {
         rc = PV_EREADONLY;
     } else if (may_append && v->torn) {
-        if (cut_back(v->gen->dat_fd, load_u64(&v->gen->dat_end)) < 0 ||
-            cut_back(v->gen->idx_fd, load_u64(&v->gen->idx_end)) < 0) {
+        if (cut_back(v->gen->dat_fd, pv__load_u64(&v->gen->dat_end)) < 0 ||
+            cut_back(v->gen->idx_fd, pv__load_u64(&v->gen->idx_end)) < 0) {
             rc = PV_ESYS;
         } else {
             v->torn = false;
@@ -1467,7 +1401,7 @@ int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
         }
     }
     pv__mutex_unlock(&v->append_lock);
-    op_leave(v);
+    pv__vol_leave(v);
     return rc;
 }
 
@@ -1475,13 +1409,13 @@ int pv_vol_sync(pv_vol *v, pv_errinfo *err) {
     pv_errinfo own_err;
     err = err != NULL ? err : &own_err;
     pv__err_clear(err);
-    int rc = op_enter(v);
+    int rc = pv__vol_enter(v);
     if (rc < 0) {
         return pv__fail(err, rc, v->vid, 0, 0, 0);
     }
     pv__mutex_lock(&v->append_lock);
     if (!(v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) {
-        while (v->flushing) {
+        while (v->flushing || v->swapping) {
             pv__cond_wait(&v->flush_cond, &v->append_lock);
         }
         rc = flush_pending(v, v->gen, true, err);
@@ -1490,6 +1424,6 @@ int pv_vol_sync(pv_vol *v, pv_errinfo *err) {
         }
     }
     pv__mutex_unlock(&v->append_lock);
-    op_leave(v);
+    pv__vol_leave(v);
     return rc;
 }
