@@ -165,9 +165,15 @@ class _Body:
         self._gzipped = gzipped
 
     def __iter__(self) -> Iterator[bytes]:
-        if not self._gzipped:
-            return self._response.chunks(_PIECE_BYTES)
-        return self._unpacked()
+        return self._unpacked() if self._gzipped else self._as_it_comes()
+
+    def _as_it_comes(self) -> Iterator[bytes]:
+        try:
+            yield from self._response.chunks(_PIECE_BYTES)
+        except PeerError as exc:
+            if self._response.length is None:
+                raise  # chunked: only an exception tells the sender that the end is missing
+            log.info("the peer's answer broke off: %s", exc)  # shorter than promised: the sender cuts the connection
 
     def _unpacked(self) -> Iterator[bytes]:
         unpacker = zlib.decompressobj(_GZIP_WINDOW)

@@ -258,8 +258,13 @@ def _unpacked(data: Buffer) -> bytes | None:
         return b""
 
 
-def _planned(ops: Ops, asked: native.GetRequest, found: native.GetNeedle, source: Source | None) -> Response:
-    """Asks the engine for the plan, giving it what it wants to see, and makes the response of it."""
+def _planned(
+    ops: Ops, asked: native.GetRequest, found: native.GetNeedle, source: Source | None, held_back: int = 1
+) -> Response:
+    """Asks the engine for the plan, giving it what it wants to see, and makes the response of it.
+
+    held_back: bytes of a streamed 200 that are made before its status goes out, so that an error in them is a 500.
+    """
     plan = native.plan_get(asked, found, ops.mime)
     while plan.result is not native.PlanResult.DONE:
         if plan.result is native.PlanResult.NEED_PLAIN:
@@ -294,12 +299,18 @@ def _planned(ops: Ops, asked: native.GetRequest, found: native.GetNeedle, source
     response.length = None if plan.flags & native.PlanFlag.NO_LENGTH else plan.body_len
     body = _stretches(plan, source)
     if plan.status != 200:
-        response.body = body
+        response.body = _cut_at_error(ops, [], body)
         return response
+    first: list[Buffer] = []
     try:
-        response.body = _Started.begin(body, 1)
+        for piece in body:
+            first.append(piece)
+            held_back -= len(piece)
+            if held_back <= 0:
+                break
     except PyvolumeError as exc:
         return _no_body(ops, response, exc)
+    response.body = _cut_at_error(ops, first, body)
     return response
 
 
@@ -324,33 +335,16 @@ def _stretches(plan: native.GetPlan, source: Source) -> Iterator[Buffer]:
             yield from source(part.offset, part.length)
 
 
-class _Started:
-    """A body whose first pieces were made already, so that an error in them could still change the status."""
-
-    def __init__(self, first: list[Buffer], rest: Iterator[Buffer]) -> None:
-        self._first = first
-        self._rest = rest
-
-    @classmethod
-    def begin(cls, body: Iterator[Buffer], at_least: int) -> _Started:
-        first: list[Buffer] = []
-        have = 0
-        for piece in body:
-            first.append(piece)
-            have += len(piece)
-            if have >= at_least:
-                break
-        return cls(first, body)
-
-    def __iter__(self) -> Iterator[Buffer]:
-        first, self._first = self._first, []
+def _cut_at_error(ops: Ops, first: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
+    """A body whose length is out already. An error ends it early: it is shorter than promised, so the sender cuts the
+    connection, which is all that can be said now."""
+    try:
         yield from first
-        yield from self._rest
-
-    def close(self) -> None:
-        close = getattr(self._rest, "close", None)
-        if close is not None:
-            close()
+        first.clear()
+        yield from rest
+    except PyvolumeError as exc:
+        _count_corrupt(ops, exc)
+        log.error("ProcessRangeRequest: %s", exc)
 
 
 def _no_body(ops: Ops, response: Response, exc: PyvolumeError) -> Response:
@@ -441,13 +435,7 @@ def _expanded(
             whole.data = images.apply(joined, ext, todo)
             whole.data_len = len(whole.data)
             return _planned(ops, asked, whole, None)
-    response = _planned(ops, asked, whole, reader.stream)
-    if response.status == 200 and isinstance(response.body, _Started):
-        try:
-            response.body = _Started.begin(iter(response.body), HELD_BACK_BYTES)
-        except PyvolumeError as exc:
-            return _no_body(ops, response, exc)
-    return response
+    return _planned(ops, asked, whole, reader.stream, HELD_BACK_BYTES)
 
 
 def _fetch_chunk(ops: Ops, request: Request, host: str, fid: str, skip: int) -> manifest.Fetched:

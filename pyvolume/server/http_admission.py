@@ -80,8 +80,9 @@ class AdminAdmission:
             return None
         if method in (b"POST", b"PUT"):
             return self._upload(head, url)
-        if head.has_body and not _is_multipart(head):
-            head.read_body = False
+        if head.has_body:
+            head.read_body = _is_multipart(head)
+            head.keep_bytes = write.MAX_FORM_BYTES
         if method in (b"GET", b"HEAD"):
             return self._download(head, url)
         if method == b"DELETE" and self._asks_elsewhere(head, url):

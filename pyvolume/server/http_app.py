@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
@@ -207,7 +208,7 @@ class App:
         if environ["pyvolume.body_error"] is not None:
             request.body_error = str(environ["pyvolume.body_error"])
         if headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data"):
-            request.form_fields = lambda: _form_fields(environ)
+            request.form_fields = cache(partial(_form_fields, environ))
         events = self._ops.events
         if not self._public:
             events.request_begins(method)
@@ -310,9 +311,10 @@ class App:
 class HttpServer:
     """One listener: its socket is bound when this is made, it serves while `run` runs."""
 
-    def __init__(self, server: VolumeHTTPServer, close: Callable[[], None]) -> None:
+    def __init__(self, server: VolumeHTTPServer, ops: Ops, close: Callable[[], None]) -> None:
         self._server = server
         self._close = close
+        self.ops = ops
 
     @property
     def port(self) -> int:
@@ -391,7 +393,7 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
         _forget(context, parts)
         raise
     admission.bind(server)
-    return HttpServer(server, lambda: _forget(context, parts))
+    return HttpServer(server, parts.ops, lambda: _forget(context, parts))
 
 
 def make_admin_server(context: ServerContext) -> HttpServer:
