@@ -35,7 +35,7 @@ it, the channel is queued again for the next piece. So slow readers hold memory 
 Stances where Go accepts what is dangerous:
 - Content-Length beside ``Transfer-Encoding: chunked``: served by the chunks as Go does, but the connection is closed
   after the answer and what follows on it is thrown away, so the two readings can never drift apart.
-- obs-fold is accepted as in Go, except in Content-Length and Transfer-Encoding: 400.
+- obs-fold is accepted as in Go, except in Content-Length (400) and Transfer-Encoding (501).
 - A bare LF inside chunk trailers is an error.
 """
 
@@ -47,6 +47,7 @@ import importlib.metadata
 import ipaddress
 import itertools
 import logging
+import mmap
 import os
 import queue
 import re
@@ -98,12 +99,14 @@ OPTIONS_BODY_BYTES = 4096  # net/http reads that much of an OPTIONS * body
 CHUNK_LINE_BYTES = 4096  # net/http/internal maxLineLength, and its limit for trailers
 CHUNK_EXCESS_BYTES = 16 << 10  # overhead that net/http tolerates in a chunked body
 BODY_READ_BYTES = 1 << 20  # at most this much of one body per round, so that others get their turn
+MAP_BYTES = 8 << 20  # larger bodies in memory are mapped: filling a bytearray with zeros would hold up the loop
 SCRATCH_BYTES = 256 << 10  # read size for bodies that go to a file or nowhere
 FLUSH_BYTES = 16 << 10  # response pieces below this are joined before they are sent
 SEND_BYTES = 1 << 20  # slice of a large piece per send, bounds the time in one system call
 PATIENCE_MS = 10  # a worker waits this long for a full socket before it leaves the rest to the loop
 ACCEPT_BATCH = 64
 ACCEPT_RETRY_S = 0.25
+PAUSE_LOG_S = 10.0
 RELIEF_S = 1.0  # how often crowded bodies are looked through for slow ones
 SLOW_BODY_BYTES_PER_S = 1 << 20  # slower bodies give way (to a file) when others wait for memory
 MAX_NOFILE = 1 << 20
@@ -119,7 +122,7 @@ _OUT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errn
 _HEAD, _BODY, _PARKED, _BUSY, _FLUSH, _LINGER, _CLOSED = range(7)
 
 # how a connection goes on after an answer
-_KEEP, _CLOSE, _CLOSE_DRAINED, _CLOSE_LINGERING = range(4)
+_KEEP, _CLOSE, _CLOSE_AT_ONCE, _CLOSE_DRAINED, _CLOSE_LINGERING = range(5)
 
 # framings of a response
 _UNSET, _NO_BODY, _LENGTH, _SMALL, _CHUNKED, _TO_EOF = range(6)
@@ -388,7 +391,8 @@ _is_url_host = re.compile(rb"(?:[A-Za-z0-9\-_.~!$&'()*+,;=:\[\]<>\"\x80-\xff]|%[
 _is_userinfo = re.compile(rb"[A-Za-z0-9\-._:~!$&'()*+,;=%@]*").fullmatch
 _is_port = re.compile(rb"(?::[0-9]*)?").fullmatch
 
-_FRAMING_NAMES = frozenset((b"content-length", b"transfer-encoding"))
+# what _scan_fields found beyond the usual
+_ODD_NAME, _FOLDED_CODING = 1, 2
 _CGI_NAMES = frozenset(("CONTENT_TYPE", "CONTENT_LENGTH"))
 _env_keys: dict[bytes, str] = {}  # header name as sent -> environ key; bounded, clients choose names
 
@@ -450,14 +454,14 @@ def _parse_authority(scheme: bytes, authority: bytes) -> bytes:
 
 def _parse_target(method: bytes, target: bytes) -> tuple[bytes, bytes, bytes]:
     """(escaped path, query, host) of any target, as url.ParseRequestURI sees it; raises _HeadError."""
-    if not target or _has_control(target):
+    if _has_control(target):
         raise _bad()
     if target == b"*":
         return b"*", b"", b""
     text = target
     if method == b"CONNECT" and target[:1] != b"/":
         text = b"http://" + target  # authority-form
-    if text[:1] == b":":
+    if not text or text[:1] == b":":
         raise _bad()
     scheme = b""
     m = _match_scheme(text)
@@ -501,13 +505,14 @@ def _end_of_head(buf: bytes | bytearray, start: int) -> int:
     return a + 3 if b < 0 or a < b else b + 2
 
 
-def _scan_fields(lines: list[bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:
-    """Fields of a head by textproto's rules (folding, loose names); and whether a name is not a token.
+def _scan_fields(lines: list[bytes]) -> tuple[list[tuple[bytes, bytes]], int]:
+    """Fields of a head by textproto's rules (folding, loose names); and flags: a name that is no token, a folded
+    Transfer-Encoding.
 
     `lines` are those behind the request line, without line ends, the last one empty. Raises _HeadError.
     """
     fields: list[tuple[bytes, bytes]] = []
-    odd_name = False
+    odd = 0
     if lines[0][:1] in (b" ", b"\t"):
         raise _bad()
     i, n = 0, len(lines)
@@ -526,11 +531,15 @@ def _scan_fields(lines: list[bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:
         if _is_loose_name(name) is None or _has_bad_value(value):
             raise _bad()
         if b" " in name:
-            odd_name = True
-        elif folded and name.lower() in _FRAMING_NAMES:
-            raise _bad()  # stance: no folding where it decides where the message ends
+            odd |= _ODD_NAME
+        elif folded:  # stance: no folding where it decides where the message ends
+            lower = name.lower()
+            if lower == b"content-length":
+                raise _bad()
+            if lower == b"transfer-encoding":
+                odd |= _FOLDED_CODING
         fields.append((name, value.lstrip(b" \t")))
-    return fields, odd_name
+    return fields, odd
 
 
 def _parse_usual(data: bytes, peer: tuple[str, int], base: dict[str, Any]) -> tuple[RequestHead, int] | None:
@@ -559,7 +568,7 @@ def _parse_usual(data: bytes, peer: tuple[str, int], base: dict[str, Any]) -> tu
         1,
         1 if minor == b"1" else 0,
         _find_fields(data, start, end),
-        False,
+        0,
     ), end
 
 
@@ -574,8 +583,8 @@ def parse_head(data: bytes, peer: tuple[str, int], base: dict[str, Any]) -> Requ
     lines = [line[:-1] if line[-1:] == b"\r" else line for line in data.split(b"\n")]
     method, target, major, minor = _split_request_line(lines[0])
     path, query, host = _parse_target(method, target)
-    fields, odd_name = _scan_fields(lines[1:])
-    return _make_head(base, peer, method, target, path, query, host, major, minor, fields, odd_name)
+    fields, odd = _scan_fields(lines[1:])
+    return _make_head(base, peer, method, target, path, query, host, major, minor, fields, odd)
 
 
 def _make_head(
@@ -589,7 +598,7 @@ def _make_head(
     major: int,
     minor: int,
     fields: list[tuple[bytes, bytes]],
-    odd_name: bool,
+    odd: int,
 ) -> RequestHead:
     """Framing and connection rules of net/http (readTransfer, conn.readRequest), in its order of checks."""
     environ = base.copy()
@@ -610,6 +619,7 @@ def _make_head(
     coding = environ.pop("HTTP_TRANSFER_ENCODING", None)
     length_text = environ.get("CONTENT_LENGTH")
     length: int | None = None
+    lengths = 1
     chunked = False
     if repeated:
         many: dict[str, list[str]] = {}
@@ -621,18 +631,17 @@ def _make_head(
             raise _bad()
         if at_least_11 and len(many.get("HTTP_TRANSFER_ENCODING", ())) > 1:
             raise _HeadError(_UNSUPPORTED_TE)
-        if len(set(many.get("CONTENT_LENGTH", ()))) > 1:
-            raise _bad()
+        lengths = len(set(many.get("CONTENT_LENGTH", ())))
         connections = tuple(many.get("HTTP_CONNECTION", ()))
         if len(many.get("HTTP_COOKIE", ())) > 1:
             environ["HTTP_COOKIE"] = "; ".join(many["HTTP_COOKIE"])
     if coding is not None and at_least_11:  # Go ignores it on 1.0
-        if coding.lower() != "chunked":
+        if coding.lower() != "chunked" or odd & _FOLDED_CODING:
             raise _HeadError(_UNSUPPORTED_TE)
         chunked = True
     if length_text is not None:
         digits = length_text.lstrip("0")
-        if not (length_text.isascii() and length_text.isdigit()) or len(digits) > 19:
+        if lengths > 1 or not (length_text.isascii() and length_text.isdigit()) or len(digits) > 19:
             raise _bad()
         length = int(digits or "0")
         if length >= 1 << 63:
@@ -656,7 +665,7 @@ def _make_head(
         host = ""
     elif _is_host(host.encode("latin-1")) is None:
         raise _bad(b"malformed Host header")
-    if odd_name:
+    if odd & _ODD_NAME:
         raise _bad(b"invalid header name")
     if url_host:
         host = environ["HTTP_HOST"] = url_host.decode("latin-1")
@@ -990,7 +999,7 @@ class _Body:
         self._most = most  # larger ones go to a file in `directory`
         self._directory = directory
         self.chunks: Chunks | None = None
-        self.data = bytearray()
+        self.data: bytearray | mmap.mmap = bytearray()
         self.view: memoryview | None = None  # over data, when the size was known beforehand
         self.file: IO[bytes] | None = None
         self.keep = 0
@@ -1027,7 +1036,10 @@ class _Body:
         if self.file is not None or self.kept >= self.keep:
             return None
         if self.view is None:
-            self.data = bytearray(self.keep)
+            if self.keep > MAP_BYTES:
+                self.data = mmap.mmap(-1, self.keep, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                self.data = bytearray(self.keep)
             self.view = memoryview(self.data)
         return self.view[self.kept : self.kept + BODY_READ_BYTES]
 
@@ -1061,6 +1073,7 @@ class _Body:
                 return
             if self.kept + size <= self._most and self._budget.take(size):
                 self.reserved += size
+                assert isinstance(self.data, bytearray)
                 self.data += piece
                 self.kept += size
                 return
@@ -1557,19 +1570,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.dead and self.state == _PARKED:
             self._drop()
 
-    def _set_mask(self, mask: int) -> None:
-        """Loop while it owns the channel, else with the lock held."""
+    def _set_mask(self, mask: int) -> bool:
+        """Loop while it owns the channel, else with the lock held. False: no longer with epoll."""
         if mask != self.mask and not self.dead:
             self.mask = mask
             try:
                 self.server.epoll.modify(self._fileno, mask)
-            except OSError:  # only when the server is being torn down
+            except (OSError, ValueError):  # only when the server is being torn down
                 self.dead = True
+        return not self.dead
 
     def _unregister(self) -> None:
         try:
             self.server.epoll.unregister(self._fileno)
-        except OSError:
+        except (OSError, ValueError):
             _log.debug("descriptor %d was not registered", self._fileno)
 
     def _idle_check(self) -> None:
@@ -1693,7 +1707,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.server.counts.bad_heads += 1
         self.inbuf = b""
         self.scanned = self.checked = 0
-        self._answer_bytes(error.reply, _CLOSE_LINGERING if error.linger else _CLOSE)
+        self._answer_bytes(error.reply, _CLOSE_LINGERING if error.linger else _CLOSE_AT_ONCE)
 
     def _on_head(self, head: RequestHead) -> None:
         server = self.server
@@ -1701,7 +1715,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.head = head
         self.lenient = head.method == b"POST"
         if head.expect_other:
-            self._refuse(Refusal(417), close=True)
+            self._refuse(Refusal(417, (("Connection", "close"),)))
             return
         if head.target == b"*":
             if head.method == b"OPTIONS":
@@ -1928,8 +1942,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self._cannot_spool()
                 return
         body.error = error
-        # after a cut Content-Length body Go sees the end of the connection by itself; a broken chunk makes it close
-        self._dispatch(head, body, error is not None and head.chunked, _CLOSE)
+        # after a cut Content-Length body Go sees the end of the connection by itself; otherwise it says close
+        self._dispatch(head, body, error is not None and (head.chunked or head.expect_continue), _CLOSE)
 
     def _unwanted_over(self, error: BodyError | None, too_long: bool) -> None:
         head = self.head
@@ -2072,6 +2086,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         elif ending == _CLOSE_LINGERING:
             self._linger()
         else:
+            if ending == _CLOSE:
+                try:  # a line end behind the body, say, left unread would make the kernel send a reset
+                    self._recv(HEAD_READ_BYTES)
+                except OSError:
+                    _log.debug("connection of %s:%d was reset", *self.addr)
             self._drop()
 
     def _next_request(self) -> None:
@@ -2213,21 +2232,23 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _exchange_over(self, ending: int) -> None:
         server = self.server
-        if ending == _KEEP and not server.stopping:
-            resume = False
+        kept = ending == _KEEP and not server.stopping
+        if kept:
             with self.lock:
                 self.exchange = None
-                if not self.dead:
+                alive = not self.dead
+                resume = self.ahead = bool(self.inbuf)
+                if alive:
                     self.served = True
                     self.state = _HEAD
-                    if self.inbuf:
-                        resume = self.ahead = True
-                    elif self.mask != _IN:
-                        self._set_mask(_IN)
-                    if not self.dead:
-                        if resume:
-                            server.call_soon(self._resume)
-                        return
+                    if not resume:
+                        alive = self._set_mask(_IN)
+            if alive:  # the loop has the connection now
+                if resume:
+                    server.call_soon(self._resume)
+                if server.stopping:  # begun meanwhile: it may have passed by while this was busy
+                    server.call_soon(self.begin_stop)
+                return
         head = self.exchange.request if self.exchange is not None else None
         self.exchange = None
         if self.state == _CLOSED:
@@ -2467,6 +2488,7 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         self._cancelled_timers = 0
         self._relief: _Timer | None = None
         self._accept_retry: _Timer | None = None
+        self._pause_logged = self.now - PAUSE_LOG_S
         self._listening = False
         self._stop_lock = threading.Lock()
         self._stop_calls = 0
@@ -2696,7 +2718,8 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         if self._listening:
             self._listen(False)
             self.counts.accept_pauses += 1
-            if self._accept_retry is None:
+            if self.now >= self._pause_logged + PAUSE_LOG_S:
+                self._pause_logged = self.now
                 _log.warning("not accepting connections for now: %s (%d open)", why, len(self.channels))
         if self._accept_retry is None:
             self._accept_retry = self.call_later(ACCEPT_RETRY_S, self._accept_again)
