@@ -90,12 +90,10 @@ class Bench:
     def allocate(self, t: Target) -> None:
         import grpc
 
-        from pyvolume.pb import volume_server_pb2 as pb
-        from pyvolume.pb import volume_server_pb2_grpc as rpc
+        from tools.compat.bed import unary_call
 
         with grpc.insecure_channel(f"{HOST}:{t.grpc_port}") as channel:
-            request = pb.AllocateVolumeRequest(volume_id=VID, replication="000", version=3)
-            rpc.VolumeServerStub(channel).AllocateVolume(request, timeout=30)
+            unary_call(channel, "AllocateVolume", volume_id=VID, replication="000", version=3)
 
     def fill(self, t: Target, size: int) -> Path:
         """Uploads the needles that reads will ask for; returns the file of their paths."""
@@ -215,9 +213,9 @@ def make_volume(directory: Path, needles: int) -> None:
         str(directory / f"{VID}.dat"),
         str(directory / f"{VID}.idx"),
         vid=VID,
-        flags=engine.PV_VOL_CREATE,
+        flags=engine.OpenFlag.CREATE,
         offset_width=4,
-        superblock=engine.SuperBlock(version=3),
+        superblock=bytes([3, 0, 0, 0, 0, 0, 0, 0]),
     )
     data = os.urandom(64)
     for key in range(1, needles + 1):

@@ -16,14 +16,15 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 
 from pyvolume.pb import volume_server_pb2 as pb
-from pyvolume.pb import volume_server_pb2_grpc as rpc
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 60.0
+CALL_LIMIT_S = 15.0
 
 
 class BedError(Exception):
@@ -44,6 +45,16 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in socks:
             s.close()
+
+
+def unary_call(channel: grpc.Channel, method: str, **fields: object) -> Any:
+    """Calls a unary method of the volume server by its name."""
+    request, response = getattr(pb, f"{method}Request"), getattr(pb, f"{method}Response")
+    path = f"/volume_server_pb.VolumeServer/{method}"
+    call = channel.unary_unary(
+        path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
+    )
+    return call(request(**fields), timeout=CALL_LIMIT_S)
 
 
 class Process:
@@ -186,13 +197,14 @@ class Bed:
             self.master.stop()
             self.master = None
 
-    def stub(self) -> rpc.VolumeServerStub:
+    def call(self, method: str, **fields: object) -> Any:
+        """One unary call of the volume server; raises grpc.RpcError."""
         self.channel = self.channel or grpc.insecure_channel(f"{HOST}:{self.grpc_port}")
-        return rpc.VolumeServerStub(self.channel)
+        return unary_call(self.channel, method, **fields)
 
     def allocate(self, **fields: object) -> bool:
         with contextlib.suppress(grpc.RpcError):
-            self.stub().AllocateVolume(pb.AllocateVolumeRequest(**fields), timeout=15)
+            self.call("AllocateVolume", **fields)
             return True
         return False
 

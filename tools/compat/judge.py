@@ -105,7 +105,7 @@ class Judge:
                 out.append(("body length", len(want.body), len(got.body)))
         elif wanted_json is not None:
             a, b = _plain_json(wanted_json), _plain_json(got_json)
-            if step.get("gzvids"):
+            if step.get("gzvids") or str(step.get("target", "")).startswith("/status"):
                 a, b = _drop_sizes(a), _drop_sizes(b)
             if a == b:
                 return
@@ -180,6 +180,9 @@ class Judge:
             return len(a) == len(b) == 1 and all(t and abs(t - time.time()) < CLOCK_SLACK_S for t in times)
         if name == "content-type" and a[0].startswith("multipart/byteranges"):
             return b[0].startswith("multipart/byteranges")
+        if name == "content-length" and step.get("image") and step.get("method") == "HEAD":
+            self.tolerated["image encoder"] += 1
+            return True
         if name == "content-range" and step.get("image") and a[0].split("/")[0] == b[0].split("/")[0]:
             self.tolerated["image encoder"] += 1
             return True

@@ -18,7 +18,6 @@ from typing import Any
 
 import grpc
 
-from pyvolume.pb import volume_server_pb2 as pb
 from tools.compat.bed import HOST, Bed, ServerFailed
 from tools.compat.judge import CLOCK_SLACK_S, Judge, Step, imf_date
 from tools.compat.report import Report
@@ -156,7 +155,7 @@ def _prepare(bed: Bed, head: dict[str, Any]) -> None:
     made = [v["volume_id"] for v in head["volumes"] if bed.allocate(**v)]
     for vid in head["readonly"]:
         try:
-            bed.stub().VolumeMarkReadonly(pb.VolumeMarkReadonlyRequest(volume_id=vid), timeout=15)
+            bed.call("VolumeMarkReadonly", volume_id=vid)
         except grpc.RpcError:
             continue  # a server that whitelists nobody refuses this; the recording was made the same way
     bed.wait_registered(made)
