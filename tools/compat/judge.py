@@ -142,7 +142,7 @@ class Judge:
         elif step.get("image") and image_info(a):
             out.append(("image", image_info(a), image_info(b) or b[:40]))
         else:
-            out.append(("body", brief(a), brief(b)))
+            out.append(("body", a, b))
 
     @staticmethod
     def _json(answer: Answer, scrub: Scrub) -> Any:
@@ -257,9 +257,9 @@ def _image_distance(a: bytes, b: bytes) -> float:
     return float(sum(ImageStat.Stat(diff).mean) / 4)
 
 
-def brief(value: Any) -> Any:
-    """A value short enough for a report."""
+def brief(value: Any) -> str:
+    """A value in a form short enough for a report."""
     if isinstance(value, bytes) and len(value) > 160:
-        return value[:70] + b"...(%d bytes)..." % len(value) + value[-40:]
-    text = value if isinstance(value, str) else None
-    return text[:300] + "..." if text and len(text) > 400 else value
+        return f"{value[:70]!r}...({len(value)} bytes)...{value[-40:]!r}"
+    text = repr(value)
+    return text if len(text) <= 400 else text[:300] + f"...({len(text)} characters)"

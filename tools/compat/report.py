@@ -37,7 +37,7 @@ class Report:
             self.shown += 1
             print(f"DIFFERENCE [{family}] {what[:600]}")
             for name, want, got in differences:
-                print(f"    {name}: recorded {brief(want)!r}\n    {'':{len(name)}}  got      {brief(got)!r}")
+                print(f"    {name}: recorded {brief(want)}\n    {'':{len(name)}}  got      {brief(got)}")
 
     def print_summary(self) -> None:
         rows = sorted(self.kinds.items(), key=lambda kv: -kv[1][0])[:40]
