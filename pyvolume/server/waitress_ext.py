@@ -1330,7 +1330,7 @@ class Exchange(WSGITask):  # type: ignore[misc]
         except Exception:
             self.channel.server.app_failed()
             _log.exception("%s %s failed", self.environ["REQUEST_METHOD"], self.environ["REQUEST_URI"])
-            if self.sending or self.exhausted:
+            if self.sending:
                 self.broken = True  # a part is out: cutting the connection is the only honest end
             else:
                 self.exhausted = True
