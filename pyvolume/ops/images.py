@@ -315,9 +315,10 @@ def _closest(palette: list[tuple[int, int, int]], red: int, green: int, blue: in
 
 
 def _gif(picture: Image.Image) -> bytes:
+    """A GIF that says 89a, as upstream's encoder does whatever is in it."""
     out = io.BytesIO()
     _paletted(picture).save(out, "GIF", optimize=False)
-    return out.getvalue()
+    return b"GIF89a" + out.getvalue()[6:]
 
 
 def _gif_frame(width: int, height: int, data: bytes) -> bytes:

@@ -158,14 +158,16 @@ class Request:
 class Response:
     """An answer. `body` is bytes (then Content-Length is theirs) or an iterable that the sender closes.
 
-    length: Content-Length of an iterable body, None to send it without (chunked). `has` are lower-case names of common
-    headers that `headers` holds already (a stored pair may set any of them).
+    length: Content-Length of an iterable body, None to send it without (chunked). chunked: never give it a length, be
+    it ever so short. `has` are lower-case names of common headers that `headers` holds already (a stored pair may set
+    any of them).
     """
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: Buffer | Iterable[Buffer] = b""
     length: int | None = None
+    chunked: bool = False
     has: frozenset[str] = frozenset()
     close_connection: bool = False
 

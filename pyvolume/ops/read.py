@@ -136,7 +136,7 @@ def _from_volume(ops: Ops, request: Request, volume: Volume, needle_id: int, coo
         return response
     body = response.body
     if isinstance(body, bytes | bytearray | memoryview):
-        if response.length is None:
+        if response.length is None and not response.chunked:
             response.length = len(body)
         body = _slices(body)
     response.body = Released(body, lambda: ops.downloads.remove(size))
@@ -291,6 +291,7 @@ def _planned(
     if plan.flags:
         response.has = frozenset(name for flag, name in _PLAN_FLAG_HEADERS if plan.flags & flag)
         response.close_connection = bool(plan.flags & native.PlanFlag.CLOSE)
+        response.chunked = bool(plan.flags & native.PlanFlag.NO_LENGTH)
     if not plan.parts:
         return response
     if source is None:

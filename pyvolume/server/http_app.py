@@ -431,7 +431,9 @@ def _framed(start_response: StartResponse, response: Response) -> Iterable[Buffe
     headers, body = response.headers, response.body
     if response.length is not None and not any(name == "Content-Length" for name, _ in headers):
         headers.append(("Content-Length", str(response.length)))
-    start_response(status_line(response.status), headers)
+    write = start_response(status_line(response.status), headers)
+    if response.chunked:
+        write(b"")  # sends the head now, when the length is not known yet
     if isinstance(body, bytes | bytearray | memoryview):
         return (body,)
     return body
