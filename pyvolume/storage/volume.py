@@ -11,6 +11,7 @@ I/O of others. Upstream: `weed/storage/volume.go`, `volume_read.go`, `volume_wri
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
@@ -65,6 +66,10 @@ CLAIM_LOG_INTERVAL_S: Final = 30.0
 
 VOLUME_FILE_EXTENSIONS: Final = ("dat", "idx", "vif", "sdx", "cpd", "cpx", "cpc", "ldb", "rdb", "note")
 """What deleting a volume removes beside both base names (contract storage.md 18), in this order."""
+
+# For upstream's words on a blob with a negative size.
+_HEADER_AND_CHECKSUM: Final = 20
+_TIME: Final = 8
 
 # Bits of the engine's info.d with a failed write: what failed.
 _WRITE_EXISTING: Final = 1
@@ -529,7 +534,7 @@ class Volume:
                 break
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
-                    raise self._error(exc, "read", self.dat_path, key) from exc
+                    raise self._read_error(exc, handle, key) from exc
         if needle.flags & FLAG_HAS_TTL and needle.flags & FLAG_HAS_LAST_MODIFIED:
             minutes = Ttl(needle.ttl_count, needle.ttl_unit).minutes
             if minutes and time.time_ns() >= needle.append_at_ns + minutes * 60_000_000_000:
@@ -649,7 +654,7 @@ class Volume:
                 return handle.write_blob(key, size, blob)
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
-                    raise self._blob_error(exc, key, size) from exc
+                    raise self._blob_error(exc, key, size, len(blob)) from exc
 
     def sync(self) -> None:
         """Flushes .dat and .idx. Raises DiskError, VolumeClosed."""
@@ -678,6 +683,14 @@ class Volume:
             key=key,
             offset_width=self.offset_width,
         )
+
+    def _read_error(self, exc: engine.NativeError, handle: engine.Volume, key: int) -> StorageError:
+        """As _error; damage is given the offset of the record."""
+        error = self._error(exc, "read", self.dat_path, key)
+        if isinstance(error, CorruptNeedle) and error.offset is None:
+            with contextlib.suppress(engine.NativeError):
+                error.offset = handle.lookup(key).offset
+        return error
 
     def _write_error(self, exc: engine.NativeError, key: int) -> StorageError:
         """Upstream's texts around a failed append (`weed/storage/volume_write.go`, `needle/needle_write.go`)."""
@@ -709,7 +722,7 @@ class Volume:
             return type(error)(f"reading existing needle: {error}", path=error.path, offset=error.offset)
         return error
 
-    def _blob_error(self, exc: engine.NativeError, key: int, size: int) -> StorageError:
+    def _blob_error(self, exc: engine.NativeError, key: int, size: int, given: int) -> StorageError:
         info = exc.info
         if exc.code == NativeCode.ESIZE:
             if info.a == 0:
@@ -717,7 +730,10 @@ class Volume:
             if info.a == 1:
                 found = (info.c + (1 << 31)) % (1 << 32) - (1 << 31)
                 return StorageError(f"needle {key} size {size} does not match its blob header size {found}")
-            return StorageError(f"invalid needle size {size} results in negative timestamp offset {size + 20}")
+            time_at = size + _HEADER_AND_CHECKSUM
+            if time_at >= 0 and given < time_at + _TIME:
+                return StorageError(f"needle blob buffer too small: need {time_at + _TIME} bytes, have {given}")
+            return StorageError(f"invalid needle size {size} results in negative timestamp offset {time_at}")
         if exc.code == NativeCode.EBUFFER:
             return StorageError(f"needle blob buffer too small: need {info.a} bytes, have {info.b}")
         return self._write_error(exc, key)
