@@ -1,7 +1,7 @@
 """The yardstick of the WSGI lane: a bare Werkzeug application on stock waitress that answers the same bytes.
 
 It stores nothing: GET answers one fixed body with a needle's headers, PUT and POST read the body and answer a reply
-like a write's. `python -m tools.bench.bare_app PORT BODY_BYTES`
+like a write's. `python bare_app.py PORT BODY_BYTES`
 """
 
 from __future__ import annotations
