@@ -199,7 +199,7 @@ def _plan_request(request: Request, filename: bytes) -> native.GetRequest:
 def _answer(ops: Ops, request: Request, volume: Volume, needle: Needle, wanted: dict[str, str]) -> Response:
     """The response for a needle that was found and whose cookie fits."""
     if needle.empty:
-        return _planned(ops, _plan_request(request, b""), native.GetNeedle(0, 0, 0, b""), None)
+        return _planned(ops, _plan_request(request, request.url.filename), native.GetNeedle(0, 0, 0, b""), None)
     found = native.GetNeedle(
         needle.checksum,
         needle.flags,

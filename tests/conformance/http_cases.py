@@ -412,6 +412,15 @@ case(
     get(200, target="/{vid},{other}", body=b""),
     get(206, ("Range", "bytes=0-"), want={"Content-Range": "bytes 0--1/0", "Content-Length": "0"}, body=b""),
 )
+case(
+    "read.empty-needle-named-by-the-url",
+    put(b""),
+    get(
+        200,
+        target="/{vid}/{hex}/f.css",
+        want={"Content-Type": "text/css; charset=utf-8", "Content-Disposition": "inline; filename=f.css"},
+    ),
+)
 BIG = bytes(range(256)) * 5000  # above 1 MiB: streamed
 case(
     "read.large-is-streamed",
