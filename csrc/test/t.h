@@ -48,6 +48,13 @@
 
 #define T_END() (printf("%s: passed\n", __FILE__), 0)
 
+/* Fewer repetitions where ThreadSanitizer makes each slow; what it looks for does not depend on their number. */
+#ifdef __SANITIZE_THREAD__
+#define T_REPEAT(n) ((n) / 8)
+#else
+#define T_REPEAT(n) (n)
+#endif
+
 static inline _Noreturn void t_fail(const char *file, int line, const char *what) {
     fflush(stdout);
     fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);

@@ -84,7 +84,8 @@ static void reading(void) {
         const uint8_t width = widths[w];
         int fd = made_file(width, ROWS, width + 11U);
         pv_errinfo err;
-        static const uint64_t firsts[] = {0, 1, 511, 512, 513, 4990, ROWS - 1, ROWS, ROWS + 1, UINT64_MAX / 17, UINT64_MAX};
+        static const uint64_t firsts[] = {0,         1, 511, 512, 513, 4990, ROWS - 1, ROWS, ROWS + 1, UINT64_MAX / 17,
+                                          UINT64_MAX};
         static const size_t maxes[] = {0, 1, 511, 512, 513, 1024, ROWS, ROWS + 10};
         for (size_t f = 0; f < PV__ARRAY_LEN(firsts); f++) {
             for (size_t m = 0; m < PV__ARRAY_LEN(maxes); m++) {
@@ -154,8 +155,9 @@ static void summary_by_hand(void) {
     /* Two rows of offset 0 lead; a later one does not count to them; a tombstone takes 32 bytes; an offset 0 row is never
      * the furthest; a size of -2 with offset 0 ends the leading ones. */
     static const pv_idx_row rows[] = {
-        {.key = 9, .offset = 0, .size = -1},  {.key = 3, .offset = 0, .size = -1},   {.key = 4, .offset = 8, .size = 20},
-        {.key = 5, .offset = 0, .size = -1},  {.key = 7, .offset = 64, .size = 0},   {.key = 6, .offset = 96, .size = -1},
+        {.key = 9, .offset = 0, .size = -1},   {.key = 3, .offset = 0, .size = -1},
+        {.key = 4, .offset = 8, .size = 20},   {.key = 5, .offset = 0, .size = -1},
+        {.key = 7, .offset = 64, .size = 0},   {.key = 6, .offset = 96, .size = -1},
         {.key = 1, .offset = 0, .size = 1000},
     };
     pv_errinfo err;

@@ -14,9 +14,9 @@ static const uint8_t example[] = {
     0x09, 'h',  'e',  'l',  'l',  'o',  '.',  'b',  'i',  'n',                                      /* name */
     0x0b, 't',  'e',  'x',  't',  '/',  'x',  '-',  'd',  'e',  'm',  'o',                          /* mime */
     0x00, 0x65, 0x53, 0xf1, 0x00,                                                                   /* last modified */
-    0x00, 0x0f, '{',  '"',  'C',  'o',  'l',  'o',  'r',  '"',  ':',  '"',  'r',  'e',  'd',  '"',  '}',
-    0x9a, 0x71, 0xbb, 0x4c, 0x18, 0xea, 0xa0, 0x96, 0x26, 0x21, 0xe2, 0x8d, /* checksum, time */
-    0x00, 0x00, 0x00, 0x36, 0x00, 0x00,                                     /* padding */
+    0x00, 0x0f, '{',  '"',  'C',  'o',  'l',  'o',  'r',  '"',  ':',  '"',  'r',  'e',  'd',  '"',
+    '}',  0x9a, 0x71, 0xbb, 0x4c, 0x18, 0xea, 0xa0, 0x96, 0x26, 0x21, 0xe2, 0x8d, /* checksum, time */
+    0x00, 0x00, 0x00, 0x36, 0x00, 0x00,                                           /* padding */
 };
 static const uint8_t example_tombstone[] = {
     0x11, 0x11, 0x22, 0x22, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x0a, 0x00, 0x00, 0x00, 0x00,
@@ -558,7 +558,8 @@ static void super_blocks(void) {
         pv_superblock_put(&sb, out);
         CHECK_MEM(in, out, 8);
     }
-    const pv_superblock sb = {.version = 3, .ttl_count = 3, .ttl_unit = 2, .compaction_revision = 0x1234, .extra_size = 5};
+    const pv_superblock sb = {
+        .version = 3, .ttl_count = 3, .ttl_unit = 2, .compaction_revision = 0x1234, .extra_size = 5};
     uint8_t out[8];
     pv_superblock_put(&sb, out);
     CHECK_MEM(out, "\x03\x00\x03\x02\x12\x34\x00\x05", 8);
