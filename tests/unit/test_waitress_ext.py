@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import socket
@@ -929,8 +930,6 @@ def test_environment_is_wsgi(serve: Served) -> None:
 
 
 def test_random_bytes_never_break_the_server(echo_server: wire.VolumeHTTPServer) -> None:
-    import random
-
     rng = random.Random(4)
     seed = put("/3,01?x=1", b"hello", "X: 1", "Expect: 100-continue") + CHUNKED + b"5\r\nhello\r\n0\r\n\r\n"
     for _ in range(150):
@@ -2381,7 +2380,7 @@ def test_stopping_under_load_loses_no_answer(serve: Served) -> None:
     clients = [threading.Thread(target=client) for _ in range(6)]
     for c in clients:
         c.start()
-    eventually(lambda: server.stats.requests > 50)
+    eventually(lambda: server.stats.requests > 50 and len(server.channels) == 6)
     assert server.stop(WAIT_S) is True
     for c in clients:
         c.join(WAIT_S)
@@ -2664,6 +2663,91 @@ def test_more_than_a_thousand_connections(serve: Served) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- all in all
+
+
+def test_clients_without_manners(serve: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Resets, half-closes, stalls and pipelines at random: every request ends once, nothing leaks or is logged."""
+    begun, ended, lock = [0], [0], threading.Lock()
+
+    def end() -> None:
+        with lock:
+            ended[0] += 1
+
+    def on_head(head: RequestHead) -> Any:
+        begun[0] += 1
+        head.on_end.append(end)
+        if head.path == b"/no":
+            return Refusal(401, body=b"no")
+        if head.path == b"/hold":
+            hold = Hold()
+            threading.Timer(0.005, hold.admit).start()
+            return hold
+        head.read_body = head.path != b"/unread"
+        return None
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        size = int(environ["QUERY_STRING"] or 0)
+        start_response("200 OK", [("Content-Length", str(size))] if size % 2 else [])
+        for at in range(0, size, 200_000):
+            yield b"z" * min(200_000, size - at)
+
+    server = serve(
+        app,
+        admission=OnHead(on_head),
+        threads=4,
+        idle_timeout_s=0.5,
+        max_inflight_body_bytes=200_000,
+        spool_bytes=100_000,
+    )
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        end_at = time.monotonic() + 2.5
+        while time.monotonic() < end_at:
+            with contextlib.suppress(OSError), Wire(server.port, rcvbuf=rng.choice([0, 4096])) as w:
+                for _ in range(rng.randrange(1, 6)):
+                    path = rng.choice(["/", "/", "/no", "/hold", "/unread"]) + f"?{rng.choice([0, 9, 3000, 1_500_000])}"
+                    body = bytes(rng.choice([0, 10, 50_000, 150_000]))
+                    data = rng.choice(
+                        [
+                            get(path),
+                            put(path, body),
+                            put(path, body, "Expect: 100-continue"),
+                            get(path, "Transfer-Encoding: chunked", method="PUT")
+                            + (b"%x\r\n%b\r\n" % (len(body), body) if body else b"")
+                            + b"0\r\n\r\n",
+                        ]
+                    )
+                    w.sock.settimeout(0.1)
+                    w.sock.sendall(data if rng.random() < 0.8 else data[: rng.randrange(len(data))])
+                    match rng.randrange(6):
+                        case 0:
+                            w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                            break
+                        case 1:
+                            w.half()
+                            while w.sock.recv(1 << 20):
+                                pass
+                            break
+                        case 2 | 3:
+                            w.sock.recv(rng.choice([1, 1000, 1 << 20]))
+                        case 4:
+                            time.sleep(0.01)
+
+    clients = [threading.Thread(target=client, args=(n,)) for n in range(12)]
+    for c in clients:
+        c.start()
+    for c in clients:
+        c.join(60)
+    eventually(lambda: not server.channels, "all connections gone")
+    eventually(lambda: ended[0] == begun[0], "all requests ended")
+    stats = server.stats
+    assert begun[0] > 200
+    assert (stats.body_bytes_in_memory, stats.bodies_waiting, stats.queued, stats.app_errors) == (0, 0, 0, 0)
+    assert server.memory_bodies == set()
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+    with Wire(server.port) as w:
+        assert w.ask(get()).status == 200
 
 
 def test_many_clients_at_once(serve: Served) -> None:
