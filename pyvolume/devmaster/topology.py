@@ -512,7 +512,7 @@ def _describe_node(node: Node) -> dict[str, Any]:
         "Volumes": len(node.volumes),
         "EcShards": sum(shards.ec_index_bits.bit_count() for shards in node.ec_shards.values()),
         "Max": sum(node.max_counts.values()),
-        "VolumeIds": " " + _ranges(vids) if vids else "",
+        "VolumeIds": " " + _ranges(vids),
     }
 
 

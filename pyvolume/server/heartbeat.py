@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
@@ -63,6 +63,13 @@ class _Told:
     short: Any
 
 
+class Turn(NamedTuple):
+    """One report being made: what had been asked for when it began."""
+
+    full: bool
+    wishes: int
+
+
 class VolumeReport:
     """Decides what a beat must carry: the whole list, or the volumes whose hash changed. Thread-safe.
 
@@ -97,15 +104,18 @@ class VolumeReport:
             self._full_wanted = True
             self._wishes += 1
 
-    def build(self, infos: Iterable[Any]) -> tuple[bool, list[Any], list[Any], int]:
-        """(full?, infos to send, short messages of what is gone, digest over all infos), noted as told."""
+    def begin(self) -> Turn:
+        """To be called before the volumes are looked at: a wish that comes later is about what this report misses."""
         with self._lock:
-            full = self._full_wanted or not self._accepts_changes
-            wishes = self._wishes
-            self._beat += 1
-            beat = self._beat
+            return Turn(self._full_wanted or not self._accepts_changes, self._wishes)
+
+    def build(self, infos: Iterable[Any], turn: Turn) -> tuple[list[Any], list[Any], int]:
+        """(infos to send, short messages of what is gone, digest over all infos), noted as told."""
+        full = turn.full
         digest, send = 0, []
         with self._lock:
+            self._beat += 1
+            beat = self._beat
             for info in infos:
                 told = self._told.get((info.disk_id, info.id))
                 value = told.digest if told is not None and told.info == info else report_hash(info)
@@ -115,9 +125,9 @@ class VolumeReport:
                     self._told[info.disk_id, info.id] = _Told(beat, info, value, short_message(info))
                 else:
                     told.beat, told.info = beat, info
-            if self._wishes == wishes:
+            if self._wishes == turn.wishes:
                 self._full_wanted = False
-            return full, send, self._departed(beat, full), digest
+            return send, self._departed(beat, full), digest
 
     def _departed(self, beat: int, full: bool) -> list[Any]:
         """Forgets copies that this beat did not see; names those of which no other copy is left. Lock held."""
@@ -449,8 +459,9 @@ class Heartbeat:
     def _volume_beat(self) -> Any:
         """The periodic message: all volumes or the changed ones, slots, disks, digest."""
         store, config = self._store, self._config
+        turn = self._report.begin()
         infos = store.heartbeat_volumes()
-        full, send, gone, digest = self._report.build(infos)
+        send, gone, digest = self._report.build(infos, turn)
         beat = master_pb2.Heartbeat(
             **self._place(),
             grpc_port=config.grpc_port,
@@ -458,11 +469,11 @@ class Heartbeat:
             id=config.server_id,
             max_file_key=store.max_file_key(),
             deleted_volumes=gone,
-            has_no_volumes=full and not send,
+            has_no_volumes=turn.full and not send,
             has_no_ec_shards=True,
             volume_digest=digest,
         )
-        (beat.volumes if full else beat.changed_volumes).extend(_volume_message(info) for info in send)
+        (beat.volumes if turn.full else beat.changed_volumes).extend(_volume_message(info) for info in send)
         for location in store.locations:
             kind, slots = location.disk_type, 0
             if not location.is_unavailable:

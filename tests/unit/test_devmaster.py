@@ -165,7 +165,7 @@ def test_first_heartbeat_is_answered_with_orders(cluster: Cluster) -> None:
                             "Volumes": 0,
                             "EcShards": 0,
                             "Max": 10,
-                            "VolumeIds": "",
+                            "VolumeIds": " ",
                         }
                     ],
                 }
@@ -375,6 +375,8 @@ def test_volume_that_one_server_refuses_is_taken_back(cluster: Cluster) -> None:
     assert cluster.get("/dir/status")[1]["Topology"]["Free"] == 20, "slots are given back"
     servers[1].refuse = ""
     assert cluster.get("/dir/assign?replication=001")[0] == 200
+    node_slots = [node.free_slots("") for node in cluster.master.topology.lookup(2)]
+    assert node_slots == [4, 4], "six volumes on each, nothing reserved"
 
 
 def test_many_assigns_at_once_grow_once(cluster: Cluster) -> None:

@@ -743,7 +743,7 @@ def test_batch_delete_without_cookie_check(node: Node) -> None:
     node.alloc(3)
     node.put(3, 1, b"hello", cookie=0xAABBCCDD)
     node.put(3, 5, b"{}", cookie=0xAABBCCDD, flags=FLAG_CHUNK_MANIFEST)
-    fids = ["3,0100000000", "3,0500000000", "3,0900000000", f"{NOWHERE},0100000000", "3,0100000000_1"]
+    fids = ["3,05aabbccdd", "3,01aabbccdd", "3,0900000000", f"{NOWHERE},0100000000", "3,0100000000_1"]
     answer = node.call("BatchDelete", file_ids=fids, skip_cookie_check=True)
     shown = results(answer)
     assert [status for status, _, _ in shown] == [202, 202, 304, 500, 400], "a manifest is deleted, too"

@@ -190,76 +190,78 @@ def accepting() -> VolumeReport:
     return report
 
 
+def build(report: VolumeReport, *infos: Info) -> tuple[bool, list[Any], list[int], int]:
+    """One report: (full?, infos to send, ids that are gone, digest)."""
+    turn = report.begin()
+    send, gone, digest = report.build(infos, turn)
+    return turn.full, send, sorted(short.id for short in gone), digest
+
+
 def test_report_is_full_until_changes_are_accepted() -> None:
     report = VolumeReport()
     for _ in range(3):
-        full, send, gone, digest = report.build([Info(1), Info(2)])
+        full, send, gone, digest = build(report, Info(1), Info(2))
         assert (full, send, gone) == (True, [Info(1), Info(2)], [])
         assert digest == report_hash(Info(1)) ^ report_hash(Info(2))
     report.accept_changes()
-    assert report.build([Info(1), Info(2)])[:3] == (False, [], [])
+    assert build(report, Info(1), Info(2))[:3] == (False, [], [])
 
 
 def test_report_of_changes() -> None:
     report = accepting()
-    assert report.build([Info(1), Info(2)])[0]
+    assert build(report, Info(1), Info(2))[0]
     grown = Info(2, size=99)
-    full, send, gone, digest = report.build([Info(1), grown, Info(3)])
+    full, send, gone, digest = build(report, Info(1), grown, Info(3))
     assert (full, send, gone) == (False, [grown, Info(3)], [])
     assert digest == report_hash(Info(1)) ^ report_hash(grown) ^ report_hash(Info(3))
-    full, send, gone, digest = report.build([Info(3)])
-    assert (full, send, sorted(short.id for short in gone)) == (False, [], [1, 2])
-    assert digest == report_hash(Info(3))
-    assert report.build([Info(3)])[1:3] == ([], []), "what is gone is said once"
+    full, send, gone, digest = build(report, Info(3))
+    assert (full, send, gone, digest) == (False, [], [1, 2], report_hash(Info(3)))
+    assert build(report, Info(3))[1:3] == ([], []), "what is gone is said once"
 
 
 def test_empty_report_has_digest_zero() -> None:
-    assert accepting().build([]) == (True, [], [], 0)
+    assert build(accepting()) == (True, [], [], 0)
 
 
 def test_copy_that_moved_to_another_disk_is_not_gone() -> None:
     report = accepting()
-    report.build([Info(1, disk_id=0)])
-    _, send, gone, _ = report.build([Info(1, disk_id=1)])
-    assert (send, gone) == ([Info(1, disk_id=1)], [])
+    build(report, Info(1, disk_id=0))
+    assert build(report, Info(1, disk_id=1))[1:3] == ([Info(1, disk_id=1)], [])
 
 
 def test_reset_makes_the_next_report_full() -> None:
     report = accepting()
-    report.build([Info(1)])
+    build(report, Info(1))
     report.reset()
-    assert report.build([Info(1)])[:2] == (True, [Info(1)])
-    assert report.build([Info(1)])[0], "changes must be accepted anew"
+    assert build(report, Info(1))[:2] == (True, [Info(1)])
+    assert build(report, Info(1))[0], "changes must be accepted anew"
 
 
 def test_request_for_the_whole_list() -> None:
     report = accepting()
-    report.build([Info(1), Info(2)])
+    build(report, Info(1), Info(2))
     report.request_full()
-    full, send, gone, _ = report.build([Info(1)])
-    assert (full, send, gone) == (True, [Info(1)], []), "a whole list needs no list of what is gone"
-    assert not report.build([Info(1)])[0]
+    assert build(report, Info(1))[:3] == (True, [Info(1)], []), "a whole list needs no list of what is gone"
+    assert not build(report, Info(1))[0]
 
 
-def test_request_that_comes_while_a_report_is_built_counts_for_the_next() -> None:
+def test_request_that_comes_while_a_report_is_made_counts_for_the_next() -> None:
     report = accepting()
-    report.build([Info(1)])
-
-    class Infos:
-        def __iter__(self) -> Iterator[Info]:
-            threading.Thread(target=report.request_full).start()
-            yield Info(1)
-
-    assert not report.build(Infos())[0]
-    wait_for(lambda: report.build([Info(1)])[0], "a full report")
+    build(report, Info(1))
+    turn = report.begin()
+    report.request_full()
+    report.build([Info(1)], turn)
+    assert not turn.full
+    assert build(report, Info(1))[0]
+    assert not build(report, Info(1))[0]
 
 
 def test_unchanged_volumes_are_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     report = accepting()
-    report.build([Info(1), Info(2)])
+    build(report, Info(1), Info(2))
     hashed: list[int] = []
     monkeypatch.setattr(heartbeat_module, "report_hash", lambda info: hashed.append(info.id) or report_hash(info))
-    report.build([Info(1), Info(2, size=50)])
+    build(report, Info(1), Info(2, size=50))
     assert hashed == [2]
 
 
@@ -667,9 +669,13 @@ def test_master_that_does_not_read_gets_no_pile_of_messages(bench: Bench) -> Non
     asked: list[int] = []
     store.heartbeat_volumes = lambda: (asked.append(next(calls)), good())[1]  # type: ignore[method-assign]
     heart = bench.beat(store, master.address, pulse_s=0.01)
-    wait_for(lambda: len(asked) >= 3)
-    time.sleep(1.0)
-    assert len(asked) <= heartbeat_module.MAX_UNSENT_MESSAGES + 4
+
+    def has_stopped() -> bool:
+        before = len(asked)
+        time.sleep(0.3)  # thirty pulses
+        return before >= heartbeat_module.MAX_UNSENT_MESSAGES and len(asked) == before
+
+    wait_for(has_stopped, "an end of the messages")
     heart.stop(goodbye=False)
     hold.set()
 
