@@ -71,6 +71,7 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
         _log.warning("failpoints are set, this is no server to keep data on: %s", ", ".join(faults.active()))
     process = Process(flags, inbox, dict(os.environ if environ is None else environ))
     _spawn("start", process.start, inbox)
+    reload_pending = False
     while True:
         note = inbox.get()
         if isinstance(note, Note):
@@ -78,9 +79,13 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
                 log.flush()
                 return note.status
             process.serving = True
-            if process.stop_begun:  # a signal came between binding the ports and now
+            # Signals that came between binding the ports and now:
+            if process.stop_begun:
                 _spawn("stop", process.stop, inbox)
+            elif reload_pending:
+                process.request_reload()
         elif note == signal.SIGHUP:
+            reload_pending = not process.serving
             if process.serving and not process.stop_begun:
                 process.request_reload()
         elif isinstance(note, signal.Signals):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,6 +47,8 @@ HANDLERS: dict[str, Handler] = {
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
 REFLECTION_STREAMS = 8
+HANDOVER_S = 0.1
+"""How long an accepted call may take from the library to its handler's thread, as far as stopping is concerned."""
 MAX_STREAMS_PER_CONNECTION = 1000
 MAX_CALLS_AT_ONCE = 2048
 """Calls running and waiting, over all connections; the library refuses more with RESOURCE_EXHAUSTED."""
@@ -96,6 +99,30 @@ class _Budgets:
         self._slots[kind].release()
 
 
+class _Running:
+    """Counts calls from their first step to the end of their stream."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    def enter(self, context: grpc.ServicerContext) -> None:
+        with self._changed:
+            self._count += 1
+        if not context.add_callback(self._leave):
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait_until_none(self, timeout_s: float) -> bool:
+        """True once no call runs; False when timeout_s is over first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count == 0, timeout_s)
+
+
 _HANDLER_MAKERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
@@ -113,6 +140,7 @@ class _Dispatcher:
         self._gates = Gates(server)
         self._handlers = handlers
         self.budgets = _Budgets(limits)
+        self.running = _Running()
 
     def method_handler(self, method: Any) -> grpc.RpcMethodHandler:
         """The grpcio handler for a method descriptor."""
@@ -132,6 +160,7 @@ class _Dispatcher:
 
     def _single(self, rpc: Rpc, handler: Handler | None, *, is_unary: bool) -> Any:
         def serve(request: Any, context: grpc.ServicerContext) -> Any:
+            self.running.enter(context)
             request_id = request_id_of(context)
             if is_unary:
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
@@ -151,6 +180,7 @@ class _Dispatcher:
 
     def _streaming(self, rpc: Rpc, handler: Handler | None) -> Any:
         def serve(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            self.running.enter(context)
             request_id = request_id_of(context)
             held = False
             try:
@@ -210,9 +240,12 @@ class _Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio is untyp
 class GrpcServer:
     """A bound server. start() serves, stop() drains; both from any thread, each once."""
 
-    def __init__(self, server: grpc.Server, port: int, pool: futures.ThreadPoolExecutor, budgets: _Budgets) -> None:
+    def __init__(
+        self, server: grpc.Server, port: int, pool: futures.ThreadPoolExecutor, budgets: _Budgets, running: _Running
+    ) -> None:
         self._server = server
         self._pool = pool
+        self._running = running
         self.port = port
         self.budgets = budgets
 
@@ -223,9 +256,19 @@ class GrpcServer:
     def stop(self, grace_s: float) -> None:
         """Accepts no more calls, waits up to grace_s for running ones, then cancels them. Blocks until all ended.
 
-        A handler that ignores its cancellation is not waited for beyond another second.
+        A handler that ignores its cancellation is not waited for beyond another second. A connection that never sent
+        anything would make the library wait for all of grace_s, so once no call runs the rest is cut.
         """
-        self._server.stop(grace_s).wait(grace_s + 1.0)
+        ended = self._server.stop(grace_s)
+        deadline = time.monotonic() + grace_s
+        # A call that was accepted just before may not have reached its handler: it gets a moment to do so.
+        while not ended.wait(HANDOVER_S) and (left_s := deadline - time.monotonic()) > 0:
+            if self._running.wait_until_none(left_s) and not ended.wait(HANDOVER_S):
+                if not self._running.wait_until_none(0):
+                    continue
+                self._server.stop(0)
+                break
+        ended.wait(1.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -264,7 +307,7 @@ def make_grpc_server(
         pool.shutdown(wait=False)
         number = bind.rpartition(":")[2]
         raise GrpcBindError(f"failed to listen on grpc port {number}: listen tcp {bind}: bind: address already in use")
-    return GrpcServer(rpc_server, port, pool, dispatcher.budgets)
+    return GrpcServer(rpc_server, port, pool, dispatcher.budgets, dispatcher.running)
 
 
 def _reflection_handlers(service_name: str) -> tuple[grpc.GenericRpcHandler, ...]:
