@@ -355,6 +355,42 @@ def test_many_reloads_do_not_pile_up(make: Make) -> None:
     assert server.log.count("Reload volume server...") <= 50
 
 
+class Scripted:
+    """Stands in for Process: notes what the main thread asks for."""
+
+    def __init__(self, inbox: Inbox, early: signal.Signals) -> None:
+        self.serving = self.stop_begun = False
+        self.asked: list[str] = []
+        self._inbox = inbox
+        self._early = early
+
+    def start(self) -> lifecycle.Note:
+        self._inbox.put(self._early)
+        return lifecycle.Note("started")
+
+    def request_reload(self) -> None:
+        self.asked.append("reload")
+        self._inbox.put(signal.SIGTERM)
+
+    def stop(self) -> lifecycle.Note:
+        self.asked.append("stop")
+        return lifecycle.Note("stopped")
+
+
+@pytest.mark.parametrize(
+    ("early", "asked"), [(signal.SIGHUP, ["reload", "stop"]), (signal.SIGTERM, ["stop"]), (signal.SIGALRM, ["stop"])]
+)
+def test_signals_between_binding_and_serving_are_kept(
+    monkeypatch: pytest.MonkeyPatch, early: signal.Signals, asked: list[str]
+) -> None:
+    inbox = Inbox()
+    process = Scripted(inbox, early)
+    monkeypatch.setattr(lifecycle, "Process", lambda *_arguments: process)
+    monkeypatch.setattr(lifecycle, "SWITCH_INTERVAL_S", sys.getswitchinterval())
+    assert lifecycle.run(SimpleNamespace(), inbox, {}) == 0  # type: ignore[arg-type]
+    assert process.asked == asked
+
+
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
