@@ -1,14 +1,17 @@
 """Values that every layer speaks of: time to live, replica placement, file ids, disk types.
 
-A leaf: must not import storage, ops, server or cli. Parsing and printing follow upstream to the letter, quirks included
-(`volume_ttl.go`, `file_id.go`, `volume_id.go` of `weed/storage/needle`; `super_block/replica_placement.go`);
-malformed text raises ValueError with the text upstream gives its clients. Nothing here blocks or takes a lock.
+Must not import storage, ops, server or cli. What the fast lane parses, too, is parsed by the engine (_native.http).
+Parsing and printing follow upstream to the letter, quirks included (`volume_ttl.go`, `file_id.go`, `volume_id.go` of
+`weed/storage/needle`; `super_block/replica_placement.go`); malformed text raises ValueError with the text upstream
+gives its clients. Nothing here blocks or takes a lock.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Final
+
+from pyvolume._native import http as native
 
 VolumeId = int
 """An unsigned 32-bit volume id."""
@@ -21,37 +24,18 @@ OFFSET_WIDTHS: Final = (4, 5)
 MAX_VOLUME_BYTES: Final[dict[int, int]] = {4: 1 << 35, 5: 1 << 43}
 """Largest append offset by offset width: 32 GiB and 8 TiB."""
 
-_U32_MAX: Final = (1 << 32) - 1
-_U64: Final = 1 << 64
-
 
 # ------------------------------------------------------------------------------------------- texts of Go's strconv
 
 
 def go_quote(text: str) -> str:
     """Text in double quotes with Go's escapes (`%q`), as strconv quotes its argument in errors."""
-    out = ['"']
-    for ch in text:
-        code = ord(ch)
-        if ch in '"\\':
-            out.append("\\" + ch)
-        elif ch in _GO_ESCAPES:
-            out.append(_GO_ESCAPES[ch])
-        elif 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, kept by surrogateescape
-            out.append(f"\\x{code - 0xDC00:02x}")
-        elif ch.isprintable():
-            out.append(ch)
-        elif code < 0x20 or code == 0x7F:
-            out.append(f"\\x{code:02x}")
-        elif code < 0x10000:
-            out.append(f"\\u{code:04x}")
-        else:
-            out.append(f"\\U{code:08x}")
-    out.append('"')
-    return "".join(out)
+    return native.go_quote(_raw(text)).decode("utf-8", "surrogateescape")
 
 
-_GO_ESCAPES: Final = {"\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v"}
+def _raw(text: str) -> bytes:
+    """The bytes of a text; those that were not UTF-8 are kept by surrogateescape."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _syntax_error(function: str, text: str) -> ValueError:
@@ -114,24 +98,16 @@ class Ttl:
         Quirk: the refit loses precision when no unit divides (`1000h` is `41d`), and what fits nowhere (`300y`) is no
         ttl. Raises ValueError if the count is not an integer. Upstream: ReadTTL.
         """
-        if not text:
-            return cls.NONE
-        raw = text.encode("utf-8", "surrogateescape")
-        unit = chr(raw[-1])
-        number = raw[:-1].decode("utf-8", "surrogateescape")
-        if "0" <= unit <= "9":
-            unit, number = "m", text
-        count = parse_int(number)
-        stored = _TTL_SUFFIX.index(unit) if unit in _TTL_SUFFIX[1:] else 0
-        return _fit_ttl((count * _TTL_MINUTES[stored] * 60) % _U64)
+        if text:
+            raw = _raw(text)
+            ends_in_digit = raw[-1:].isdigit()
+            parse_int(text if ends_in_digit else raw[:-1].decode("utf-8", "surrogateescape"))
+        return cls.parse_lenient(text)
 
     @classmethod
     def parse_lenient(cls, text: str) -> Ttl:
         """As `parse`, but malformed text is no ttl: what an upload's `ttl` parameter gets."""
-        try:
-            return cls.parse(text)
-        except ValueError:
-            return cls.NONE
+        return cls(*native.parse_ttl(_raw(text)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Ttl:
@@ -168,21 +144,6 @@ class Ttl:
 Ttl.NONE = Ttl()
 
 
-def _fit_ttl(seconds: int) -> Ttl:
-    """First unit of y, M, w, d, h that divides exactly with a count below 256, else the first of m..y that fits."""
-    if seconds == 0:
-        return Ttl.NONE
-    for unit in (6, 5, 4, 3, 2):
-        count, rest = divmod(seconds, _TTL_MINUTES[unit] * 60)
-        if rest == 0 and count < 256:
-            return Ttl(count, unit)
-    for unit in (1, 2, 3, 4, 5, 6):
-        count = seconds // (_TTL_MINUTES[unit] * 60)
-        if count < 256:
-            return Ttl(count, unit)
-    return Ttl.NONE
-
-
 # -------------------------------------------------------------------------------------------------- replica placement
 
 
@@ -201,8 +162,7 @@ class ReplicaPlacement:
         Quirk: characters after the third are ignored (unless they sort below `0`) and any other character counts by its
         distance from `0`, so `00a` is 49. Upstream: NewReplicaPlacementFromString.
         """
-        raw = text.encode("utf-8", "surrogateescape")
-        padded = "0" * max(0, 3 - len(raw)) + text
+        padded = "0" * max(0, 3 - len(_raw(text))) + text
         counts = [0, 0, 0]
         position = 0
         for ch in padded:
@@ -211,7 +171,7 @@ class ReplicaPlacement:
                 raise ValueError(f"unknown replication type: {padded}")
             if position < 3:
                 counts[position] = count
-            position += len(ch.encode("utf-8", "surrogateescape"))
+            position += len(_raw(ch))
         if counts[0] * 100 + counts[1] * 10 + counts[2] > 255:
             raise ValueError(f"unexpected replication type: {padded}")
         return cls(*counts)
@@ -246,12 +206,12 @@ def parse_volume_id(text: str) -> VolumeId:
 
     Departure A3: upstream takes 64 bits and cuts them to 32, so that a long number names another volume.
     """
-    return parse_uint(text, 10, 32)
+    return native.parse_vid(_raw(text))
 
 
 def parse_key_cookie(text: str) -> tuple[NeedleId, int]:
     """`<hex key><8 hex digits of cookie>`, either case, 9 to 24 characters. Raises ValueError with upstream's text."""
-    length = len(text.encode("utf-8", "surrogateescape"))
+    length = len(_raw(text))
     if length <= _COOKIE_DIGITS:
         raise ValueError("KeyHash is too short.")
     if length > _KEY_COOKIE_DIGITS:
@@ -299,19 +259,7 @@ class FileId:
         The delta is decimal; an empty one is 0. Quirk: the overflow text prints the key as the hex of its hex text.
         Upstream: Needle.ParsePath.
         """
-        if len(text.encode("utf-8", "surrogateescape")) <= _COOKIE_DIGITS:
-            raise ValueError(f"Invalid fid: {text}")
-        delta_text = ""
-        underscore = text.rfind("_")
-        if underscore > 0:
-            text, delta_text = text[:underscore], text[underscore + 1 :]
-        key, cookie = parse_key_cookie(text)
-        if delta_text:
-            delta = parse_uint(delta_text)
-            if key + delta >= _U64:
-                raise ValueError(f"delta {delta} overflows needle id {f'{key:x}'.encode().hex()}")
-            key += delta
-        return key, cookie
+        return native.parse_fid(_raw(text))
 
     def __str__(self) -> str:
         return f"{self.vid},{format_key_cookie(self.key, self.cookie)}"

@@ -8,15 +8,18 @@ never held over disk access, logging or another lock. Upstream: `weed/storage/di
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Final
 
+from pyvolume._native import engine
 from pyvolume.config import DirConfig
-from pyvolume.errors import StorageError, VolumeLoadError
+from pyvolume.errors import StorageError
 from pyvolume.faults import fault
 from pyvolume.log import V1, V2
 from pyvolume.storage import compact_recovery, disk_space, ec_files, files, vif
@@ -30,6 +33,10 @@ log = logging.getLogger(__name__)
 
 MIN_LOAD_WORKERS: Final = 10
 """Volumes of one directory loaded at a time are this many or the number of CPUs, as upstream."""
+
+
+def _no_lock(vid: int) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class DiskLocation:
@@ -193,50 +200,65 @@ class DiskLocation:
         workers: int | None = None,
         *,
         take: Callable[[Volume], None],
+        hold: Callable[[int], AbstractContextManager[None]] | None = None,
         skip: Callable[[int], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
         at_startup: bool = True,
     ) -> None:
         """Loads every volume of the directory that is not held yet, several at a time.
 
-        `take` is called with each one, on a worker thread, and makes it a member; `skip` tells ids not to be loaded
-        from here; `progress` is called once the number of entries is known (0, n) and after each (1, 0). What cannot
-        be loaded is logged and left as it is. Raises nothing; blocks on disk until all are done.
+        `take` is called with each one, on a worker thread, and makes it a member; `hold` gives the lock under which
+        an id's files are touched; `skip` tells ids not to be loaded from here; `progress` is called once the number
+        of entries is known (0, n) and after each (1, 0). What cannot be loaded is logged and left as it is. Raises
+        nothing; blocks on disk until all are done.
         """
-        self._recover_compactions()
-        names: dict[str, str] = {}
-        try:
-            for entry in sorted(os.listdir(self.directory)):
-                base, extension = os.path.splitext(entry)
-                if extension in (".idx", ".vif"):
-                    names.setdefault(base, entry)
-        except OSError as exc:
-            log.error("cannot list %s: %s", self.directory, exc)
-            return
-        if not names:
+        lock_of = hold if hold is not None else _no_lock
+        self._recover_compactions(lock_of)
+        by_id = self._entries_by_id()
+        if not by_id:
             return
         if progress is not None:
-            progress(0, len(names))
+            progress(0, sum(len(entries) for _, entries in by_id))
 
-        def load(entry: str) -> None:
-            try:
-                fault("load.volume")
-                volume = self._load_entry(entry, at_startup=at_startup, skip=skip)
-            except (StorageError, OSError) as exc:
-                log.error("new volume %s error %s", os.path.splitext(entry)[0], exc)
-                volume = None
-            if volume is not None and self.find(volume.vid) is not volume:
-                take(volume)
-            if progress is not None:
-                progress(1, 0)
+        def load(vid: int | None, entries: list[str]) -> None:
+            for entry in entries:
+                try:
+                    with contextlib.nullcontext() if vid is None else lock_of(vid):
+                        fault("load.volume")
+                        volume = self._load_entry(entry, at_startup=at_startup, skip=skip)
+                        if volume is not None and self.find(volume.vid) is not volume:
+                            take(volume)
+                except (StorageError, OSError) as exc:
+                    log.error("new volume %s error %s", os.path.splitext(entry)[0], exc)
+                except Exception:  # a fault of ours with one volume must not keep the others from being served
+                    log.exception("new volume %s", os.path.splitext(entry)[0])
+                if progress is not None:
+                    progress(1, 0)
 
         count = workers if workers is not None else max(os.cpu_count() or 1, MIN_LOAD_WORKERS)
-        with ThreadPoolExecutor(min(count, len(names)), thread_name_prefix=f"load-{self.disk_id}") as pool:
-            for future in [pool.submit(load, entry) for entry in names.values()]:
+        with ThreadPoolExecutor(min(count, len(by_id)), thread_name_prefix=f"load-{self.disk_id}") as pool:
+            for future in [pool.submit(load, vid, entries) for vid, entries in by_id]:
                 future.result()
         log.log(
             V2, "Store started on dir: %s with %d volumes max %d", self.directory, self.volume_count, self.original_max
         )
+
+    def _entries_by_id(self) -> list[tuple[int | None, list[str]]]:
+        """(id, first .idx or .vif entry of each base name with it), in name order; id None for a name that has none."""
+        groups: dict[int | str, dict[str, str]] = {}
+        try:
+            entries = sorted(os.listdir(self.directory))
+        except OSError as exc:
+            log.error("cannot list %s: %s", self.directory, exc)
+            return []
+        for entry in entries:
+            base, extension = os.path.splitext(entry)
+            if extension in (".idx", ".vif"):
+                key: int | str = base
+                with contextlib.suppress(ValueError):
+                    key = parse_volume_base_name(base)[1]
+                groups.setdefault(key, {}).setdefault(base, entry)
+        return [(key if isinstance(key, int) else None, list(group.values())) for key, group in groups.items()]
 
     def load_one(self, vid: int) -> Volume | None:
         """Loads one volume by id, whatever its collection: the first directory entry in name order counts.
@@ -292,6 +314,8 @@ class DiskLocation:
             return None
         held = self.find(vid)
         if held is not None:
+            if held.collection != collection:
+                log.error("volume %d is in %s twice: %s is served, %s is not", vid, directory, held.base_path, name)
             log.log(V1, "loaded volume, %d", vid)
             return held
         if skip is not None and skip(vid):
@@ -344,7 +368,7 @@ class DiskLocation:
             for place in dict.fromkeys((self.directory, self.idx_directory))
         )
 
-    def _recover_compactions(self) -> None:
+    def _recover_compactions(self, lock_of: Callable[[int], AbstractContextManager[None]]) -> None:
         """Finishes or undoes vacuums that a crash interrupted, for ids that are not loaded (those may be at it now)."""
         names: set[str] = set()
         for place in dict.fromkeys((self.directory, self.idx_directory)):
@@ -361,9 +385,16 @@ class DiskLocation:
                 _, vid = parse_volume_base_name(name)
             except ValueError:
                 continue
-            if self.find(vid) is not None:
-                continue
-            try:
-                compact_recovery.recover(self.directory, self.idx_directory, name, repair=self.options.repair)
-            except (OSError, VolumeLoadError) as exc:
-                log.error("volume %d: reconcile interrupted compaction failed: %s", vid, exc)
+            with lock_of(vid):
+                if self.find(vid) is not None:
+                    continue
+                try:
+                    compact_recovery.recover(
+                        self.directory,
+                        self.idx_directory,
+                        name,
+                        repair=self.options.repair,
+                        default_width=self.options.offset_width,
+                    )
+                except (OSError, StorageError, engine.NativeError) as exc:
+                    log.error("volume %d: reconcile interrupted compaction failed: %s", vid, exc)

@@ -169,6 +169,7 @@ class Store:
             twins = [other for other in self.locations if other is not location and location.is_same_place(other)]
             location.load_existing(
                 take=lambda volume: self._take_loaded(location, volume),
+                hold=self._ids.hold,
                 skip=lambda vid: any(twin.find(vid) is not None for twin in twins),
                 progress=progress,
                 at_startup=at_startup,
@@ -181,27 +182,17 @@ class Store:
                 future.result()
 
     def _take_loaded(self, location: DiskLocation, volume: Volume) -> None:
-        """A volume found by a directory scan becomes a member, unless its id is held in that directory by now."""
-        with self._ids.hold(volume.vid):
-            other = self.find_volume(volume.vid)
-            if not self._join(location, volume):
-                log.error(
-                    "volume %d is in %s twice: %s is served, %s is not",
-                    volume.vid,
-                    location.directory,
-                    location.find(volume.vid),
-                    volume,
-                )
-                volume.close()
-            elif other is not None:
-                first = self.find_volume(volume.vid)
-                log.error(
-                    "volume %d is on two disks of this server: %s and %s; %s is served, compare them and delete one",
-                    volume.vid,
-                    other,
-                    volume,
-                    first,
-                )
+        """A volume found by a directory scan becomes a member. Needs the id's lock."""
+        other = self.find_volume(volume.vid)
+        self._join(location, volume)
+        if other is not None:
+            log.error(
+                "volume %d is on two disks of this server: %s and %s; %s is served, compare them and delete one",
+                volume.vid,
+                other.base_path,
+                volume.base_path,
+                (self.find_volume(volume.vid) or volume).base_path,
+            )
 
     def sync(self) -> None:
         """Flushes all volumes; what fails is logged. Blocks on disk."""
@@ -223,8 +214,16 @@ class Store:
 
     def _drop(self, volume: Volume) -> None:
         with self._ids.hold(volume.vid):
+            self._end_service(volume)
+
+    def _end_service(self, volume: Volume) -> None:
+        """Needs the id's lock. Served until a vacuum that has the volume is done, then gone and closed."""
+        volume.claim("unmount")
+        try:
             self._leave(volume)
-            volume.close()
+            volume.close_claimed()
+        finally:
+            volume.release()
 
     # ----------------------------------------------------------------------------------------------------- membership
 
@@ -244,17 +243,14 @@ class Store:
         with self._lock:
             return [v for location in self.locations if (v := location.find(vid)) is not None]
 
-    def _join(self, location: DiskLocation, volume: Volume) -> bool:
-        """Makes a volume a member and publishes it; false if the location holds the id. Needs the id's lock."""
+    def _join(self, location: DiskLocation, volume: Volume) -> None:
+        """Makes a volume a member and publishes it. Needs the id's lock; the location does not hold the id."""
         volume.on_reopen = self._republish
         with self._lock:
-            if location.find(volume.vid) is not None:
-                return False
             location.add(volume)
             self._settle(volume.vid)
+        volume.refresh_read_only()  # the disk may have become low while it was being loaded
         self._republish(volume)
-        volume.refresh_read_only()
-        return True
 
     def _leave(self, volume: Volume) -> bool:
         """Ends a membership; false if it had none. Needs the id's lock. The files stay open."""
@@ -434,8 +430,7 @@ class Store:
         with self._ids.hold(vid):
             for volume in self.copies(vid):
                 info = volume.short_info()
-                self._leave(volume)
-                volume.close()
+                self._end_service(volume)
                 log.info("UnmountVolume %d disk_id:%d", vid, volume.disk_id)
                 self._notify("deleted", info)
 
@@ -468,8 +463,7 @@ class Store:
 
     def _destroy(self, volume: Volume, only_empty: bool = False) -> None:
         """Needs the id's lock."""
-        volume.destroy(only_empty)
-        self._leave(volume)
+        volume.destroy(only_empty, leave=lambda: self._leave(volume))
 
     def delete_collection(self, collection: str) -> None:
         """Removes all volumes of a collection; `""` is the default one. Those being vacuumed are left, silently.

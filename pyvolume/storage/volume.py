@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from pyvolume._native import engine
+from pyvolume._native.compact import Compaction
 from pyvolume.errors import (
     CorruptNeedle,
     CrcMismatch,
@@ -201,6 +203,8 @@ class Volume:
         self.info = info
         self.on_reopen: Callable[[Volume], None] | None = None
         """Called under the state lock after the handle was exchanged; the store republishes it."""
+        self.compaction: Compaction | None = None
+        """A copy that waits for its commit; guarded by the claim."""
         self._handle = handle
         self._options = options
         self._state_lock = threading.Lock()
@@ -768,6 +772,11 @@ class Volume:
             self._busy.holder = ""
             self._busy.changed.notify_all()
 
+    def compacted(self) -> None:
+        """Takes note that the engine's handle has gone over to the compacted files. Called with the claim held."""
+        with self._state_lock, contextlib.suppress(OSError):
+            self._dat_mtime_s = int(os.stat(self.dat_path).st_mtime)
+
     # ------------------------------------------------------------------------------------------------------ end of life
 
     def close(self) -> None:
@@ -777,14 +786,21 @@ class Volume:
         """
         self.claim("close")
         try:
-            self._close("closed")
+            self.close_claimed()
         finally:
             self.release()
+
+    def close_claimed(self) -> None:
+        """As close, for whoever has claimed the volume."""
+        self._close("closed")
 
     def _close(self, state: Literal["closed", "destroyed"]) -> None:
         with self._state_lock:
             self._state = state
             handle = self._handle
+        if self.compaction is not None:
+            self.compaction.close()
+            self.compaction = None
         try:
             handle.close()
         except engine.NativeError as exc:
@@ -797,8 +813,10 @@ class Volume:
         stat = self.stat()
         return stat.dat_bytes <= SUPER_BLOCK_SIZE and stat.file_bytes == 0
 
-    def destroy(self, only_empty: bool = False) -> None:
+    def destroy(self, only_empty: bool = False, leave: Callable[[], object] | None = None) -> None:
         """Closes the volume and removes its files, data and idx directory alike.
+
+        `leave` is called once nothing can stand in the way any more, before the volume is closed.
 
         Raises VolumeNotEmpty, VolumeBusy `volume %d is compacting`. A file that cannot be removed is logged, not
         raised, as upstream. The .vif stays when an EC volume of this id has its index on this disk. Blocks on disk.
@@ -815,6 +833,8 @@ class Volume:
                 self.location.idx_directory if self.location is not None else self.idx_directory,
                 volume_base_name(self.collection, self.vid),
             )
+            if leave is not None:
+                leave()
             self._close("destroyed")
             remove_volume_files(self.base_path, keep_vif)
             remove_volume_files(self.idx_base_path, keep_vif)

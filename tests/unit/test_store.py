@@ -276,8 +276,8 @@ def test_registry_follows_the_copy_that_is_served(tmp_path: Path) -> None:
 def test_two_collections_with_one_id_in_a_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     create(tmp_path, 3, "a").close(), create(tmp_path, 3, "b").close()
     with running(config_of(tmp_path)) as store:
-        assert len(store.volumes()) == 1
-        assert "is in" in caplog.text and "twice" in caplog.text
+        assert [v.collection for v in store.volumes()] == ["a"]
+        assert f"volume 3 is in {tmp_path} twice: {tmp_path}/a_3 is served, b_3 is not" in caplog.text
 
 
 def test_new_volumes_on_disk_are_found_without_a_word_to_the_master(store: Store, tmp_path: Path) -> None:
@@ -347,13 +347,29 @@ def test_unmount_waits_for_a_vacuum(store: Store) -> None:
     assert volume.try_claim("vacuum")
     worker = threading.Thread(target=store.unmount_volume, args=(3,))
     worker.start()
-    deadline = time.monotonic() + 10
-    while store.has_volume(3) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert worker.is_alive() and volume.is_open
+    worker.join(0.05)
+    assert worker.is_alive() and volume.is_open and store.has_volume(3)
+    store.write_needle(3, NeedleIn(1, COOKIE, b"served until the vacuum is done"))
     volume.release()
     worker.join(10)
-    assert not volume.is_open
+    assert not volume.is_open and not store.has_volume(3)
+
+
+def test_a_scan_of_the_directory_waits_for_a_volume_on_its_way_out(store: Store, tmp_path: Path) -> None:
+    """SIGHUP while a vacuum keeps an unmount waiting: its files are in use, not left over."""
+    volume = store.allocate_volume(3, "", PLAIN)
+    assert volume.try_claim("vacuum")
+    (tmp_path / "d0" / "3.cpd").write_bytes(b"in the making")
+    leaving = threading.Thread(target=store.unmount_volume, args=(3,))
+    leaving.start()
+    leaving.join(0.05)
+    scanning = threading.Thread(target=store.load_new_volumes)
+    scanning.start()
+    scanning.join(0.05)
+    assert (tmp_path / "d0" / "3.cpd").exists()
+    volume.release()
+    leaving.join(10), scanning.join(10)
+    assert store.find_volume(3) is not volume and not volume.is_open
 
 
 # -------------------------------------------------------------------------------------------------------------- deletes
@@ -395,7 +411,7 @@ def test_delete_collection_tells_failures(tmp_path: Path, monkeypatch: pytest.Mo
         first, second = store.allocate_volume(1, "c", PLAIN), store.allocate_volume(2, "c", PLAIN)
         assert first.disk_id != second.disk_id
 
-        def refuse(only_empty: bool = False) -> None:
+        def refuse(only_empty: bool = False, leave: object = None) -> None:
             raise VolumeBusy("volume 1 is compacting")
 
         monkeypatch.setattr(first, "destroy", refuse)
