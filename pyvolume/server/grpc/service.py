@@ -18,7 +18,7 @@ import grpc
 
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
-from pyvolume.server.grpc import needles, server_info, sync, volumes
+from pyvolume.server.grpc import needles, server_info, sync, vacuum, volumes
 from pyvolume.server.grpc import reflection as reflection_module
 from pyvolume.server.grpc.calls import Call, Gates, Handler, request_id_of
 from pyvolume.server.grpc.methods import LIMITS, RPCS, Kind, Rpc
@@ -43,6 +43,7 @@ HANDLERS: dict[str, Handler] = {
     **server_info.HANDLERS,
     **needles.HANDLERS,
     **sync.HANDLERS,
+    **vacuum.HANDLERS,
 }
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
