@@ -459,11 +459,15 @@ def _stack_of(frame: Any) -> str:
 
 
 def all_stacks() -> str:
-    """The stacks of all Python threads, named."""
+    """The stacks of all Python threads, named; threads that stand at the same place are listed together."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
+    places: dict[str, list[str]] = {}
     for ident, frame in sys._current_frames().items():
-        parts.append(f'thread "{names.get(ident, ident)}":\n' + "".join(traceback.format_stack(frame)))
+        places.setdefault("".join(traceback.format_stack(frame)), []).append(str(names.get(ident, ident)))
+    parts = []
+    for stack, there in places.items():
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        parts.append(f'thread "{min(there)}"{more}:\n{stack}')
     return "\n".join(parts)
 
 

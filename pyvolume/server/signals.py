@@ -30,15 +30,17 @@ class Inbox:
     def install(self) -> None:
         """Installs the handlers; main thread only.
 
-        SIGQUIT prints all stacks and ends with status 2, SIGUSR1 prints them and goes on, and so do crashes.
+        SIGQUIT prints all stacks and ends with status 2, SIGUSR1 prints them and goes on. The stacks of SIGQUIT, and
+        those of a crash, are printed without the interpreter's help, so that they come out even if it is stuck.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, self._on_hangup)
         signal.signal(signal.SIGQUIT, _on_quit)
+        signal.signal(signal.SIGUSR1, _on_show)
         with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error may be closed
             faulthandler.enable(file=sys.stderr, all_threads=True)
-            faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+            faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True, chain=True)
 
     def defer(self) -> None:
         """From now on stop signals are notes for the main thread instead of ending the process at once."""
@@ -62,7 +64,9 @@ class Inbox:
 
 
 def _on_quit(_number: int, _frame: FrameType | None) -> None:
-    os.write(2, b"SIGQUIT: quit\n")
-    with contextlib.suppress(OSError, ValueError):
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     log.exit_process(QUIT_STATUS)
+
+
+def _on_show(_number: int, _frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, log.all_stacks().encode("utf-8", "backslashreplace"))

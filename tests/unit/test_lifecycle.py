@@ -307,10 +307,12 @@ def test_sigquit_shows_stacks_and_exits_2(make: Make) -> None:
     assert server.logged("most recent call first")
 
 
-def test_sigusr1_shows_stacks_and_goes_on(make: Make) -> None:
+def test_sigusr1_shows_stacks_by_name_and_goes_on(make: Make) -> None:
     server = make().started()
     server.send(signal.SIGUSR1)
-    wait_for(lambda: server.logged("most recent call first"), "stacks")
+    wait_for(lambda: server.logged('thread "MainThread":'), "stacks")
+    assert server.logged('thread "periodic":') and server.logged('thread "http-admin":')
+    assert re.search(r'thread "\S+" and \d+ more:', server.log), "idle workers are listed once"
     assert server.up()
 
 
