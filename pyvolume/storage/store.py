@@ -73,12 +73,23 @@ class _IdLocks:
 
     @contextlib.contextmanager
     def hold(self, vid: int) -> Iterator[None]:
+        """Waits for the lock, for as long as a vacuum takes if an unmount waits for one."""
+        with self.attempt(vid, wait=True):
+            yield
+
+    @contextlib.contextmanager
+    def attempt(self, vid: int, *, wait: bool = False) -> Iterator[bool]:
+        """Gives whether the lock was got; without `wait` at once."""
         with self._guard:
             lock, users = self._locks.get(vid, (threading.Lock(), 0))
             self._locks[vid] = (lock, users + 1)
         try:
-            with lock:
-                yield
+            got = lock.acquire(wait)
+            try:
+                yield got
+            finally:
+                if got:
+                    lock.release()
         finally:
             with self._guard:
                 lock, users = self._locks[vid]
@@ -598,9 +609,9 @@ class Store:
         return infos
 
     def _remove_expired(self, location: DiskLocation, volume: Volume) -> None:
-        with self._ids.hold(volume.vid):
-            if location.find(volume.vid) is not volume:
-                return
+        with self._ids.attempt(volume.vid) as got:
+            if not got or location.find(volume.vid) is not volume:
+                return  # somebody else is at it; the next heartbeat looks again
             try:
                 self._destroy(volume)
             except StorageError as exc:

@@ -521,6 +521,24 @@ def test_expired_volumes_are_left_out_and_later_destroyed(
     assert heard == [], "the next full list or the departed ones say so"
 
 
+def test_a_heartbeat_never_waits_for_an_unmount(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expired volume whose unmount waits for a vacuum is left for a later heartbeat."""
+    volume = store.allocate_volume(3, "", PLAIN, Ttl.parse("30m"))
+    put(volume, 1, b"x", last_modified_s=1)
+    store.volume_size_limit = GIB
+    assert volume.try_claim("vacuum")
+    leaving = threading.Thread(target=store.unmount_volume, args=(3,))
+    leaving.start()
+    leaving.join(0.05)
+    late = volume.last_modified_s + 10_000
+    monkeypatch.setattr(time, "time", lambda: late)
+    assert store.heartbeat_volumes() == []
+    assert volume.is_open
+    volume.release()
+    leaving.join(10)
+    assert not volume.is_open
+
+
 def test_quarantined_volumes_are_not_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = store.allocate_volume(3, "", PLAIN)
     monkeypatch.setattr(volume, "check_io_health", lambda: False)
