@@ -51,6 +51,8 @@ LEAST_GRPC_GRACE_S = 1.0
 FORCED_STATUS = 1
 """Exit status when a second signal cuts the stop short."""
 MAX_PORT = 65535
+WILDCARDS = ("", "0.0.0.0", "::", "[::]")
+"""Texts of -ip.bind that mean all addresses, of both families, as in Go."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ class Process:
         if reason is not None:
             log.fatal("%s: %s", prefix, reason)
         try:
-            return make_grpc_server(context, join_host_port(config.bind_ip, config.grpc_port))
+            host = "" if config.bind_ip in WILDCARDS else config.bind_ip  # no host: IPv4 and IPv6 on one socket
+            return make_grpc_server(context, join_host_port(host, config.grpc_port))
         except OSError as exc:
             log.fatal("%s", exc)
 
@@ -389,7 +392,9 @@ def bind_refusal(host: str, port: int) -> str | None:
     if not 0 <= port <= MAX_PORT:
         return f"listen tcp: address {port}: invalid port"
     try:
-        candidates = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        candidates = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
     except (OSError, UnicodeError):
         return f"listen tcp: lookup {host}: no such host"
     family, kind, protocol, _, target = candidates[0]

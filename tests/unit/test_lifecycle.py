@@ -37,6 +37,14 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = START_LI
         time.sleep(0.02)
 
 
+def connects(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
 class Server:
     """A pyvolume process in a directory of its own, in no cluster unless told otherwise."""
 
@@ -167,6 +175,26 @@ def test_public_listener_is_a_second_port(make: Make) -> None:
     server.send(signal.SIGTERM)
     assert server.exit_status() == 0
     assert server.logged("stop public http server ... ")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_wildcard_address_is_of_both_families(make: Make) -> None:
+    server = make("-ip.bind=0.0.0.0").started()
+    assert server.logged(f"Start Seaweed volume server 30GB 4.44  at 0.0.0.0:{server.port}")
+    for host in (HOST, "::1"):
+        for port in (server.port, server.grpc_port):
+            socket.create_connection((host, port), 5).close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("ip", ["::1", "[::1]"])
+def test_ipv6_address(make: Make, ip: str) -> None:
+    server = make(f"-ip={ip}")
+    for port in (server.port, server.grpc_port):
+        wait_for(lambda port=port: connects("::1", port), f"port {port}")  # type: ignore[misc]
+    assert server.logged(f"Start Seaweed volume server 30GB 4.44  at [::1]:{server.port}")
+    server.send(signal.SIGTERM)
+    assert server.exit_status() == 0
 
 
 @pytest.mark.parametrize("which", ["port", "port.grpc", "port.public"])
