@@ -10,7 +10,7 @@ Imports the engine module and the compiled module only.
 from __future__ import annotations
 
 import os
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pyvolume import _pv
 from pyvolume._native import engine
@@ -81,7 +81,7 @@ class Compaction:
         if code < 0:
             raise _error(code, err)
         self.paths = paths
-        self._c = _ffi.gc(out[0], _lib.pv_compact_free)
+        self._c: Any = _ffi.gc(out[0], _lib.pv_compact_free)
 
     def step(self, max_bytes: int) -> bool:
         """Copies until about max_bytes more are written; True while there is more to copy."""
@@ -121,8 +121,8 @@ class Compaction:
         return CompactStats(*(int(getattr(out, field)) for field in CompactStats._fields))
 
     def close(self) -> None:
-        """Frees it; the files stay. Idempotent."""
-        _ffi.release(self._c)
+        """Frees it; the files stay. Idempotent; nothing else may be called afterwards."""
+        self._c = None
 
 
 def _error(code: int, err: object) -> engine.NativeError:

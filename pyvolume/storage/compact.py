@@ -121,7 +121,7 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
         raise from_native(exc.code, exc.info, vid=volume.vid, path=paths.cpd, operation="write") from exc
     except OSError as exc:
         _give_up(copy, paths)
-        raise from_os_error(exc) from exc
+        raise from_os_error(exc, "write", paths.cpd) from exc
     except BaseException:
         _give_up(copy, paths)
         raise
@@ -230,7 +230,7 @@ def _commit(volume: Volume, copy: Compaction) -> None:
         raise from_native(exc.code, exc.info, vid=volume.vid, path=paths.cpd, operation="write") from exc
     except OSError as exc:
         _give_up(copy, paths)
-        raise from_os_error(exc) from exc
+        raise from_os_error(exc, "write", paths.cpd) from exc
     copy.close()
     volume.compacted()
     if unfinished is not None:
@@ -270,4 +270,4 @@ def discard(volume: Volume) -> None:
         for path in (paths.cpd, paths.cpx, volume.idx_base_path + ".cpldb"):
             files.remove_if_exists(path)
     except OSError as exc:
-        raise from_os_error(exc) from exc
+        raise from_os_error(exc, "remove") from exc

@@ -42,6 +42,7 @@ def broken_crc() -> bytes:
 @pytest.mark.parametrize(
     "data",
     [b"", b"\x1f\x8b", b"not gzip at all", gzip.compress(PLAIN)[:-1], gzip.compress(b"x") + b"trailing", broken_crc()],
+    ids=["empty", "two bytes", "text", "cut short", "trailing", "checksum"],
 )
 def test_damage_is_told(data: bytes) -> None:
     with pytest.raises(gz.BadGzip):

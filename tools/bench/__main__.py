@@ -125,7 +125,8 @@ class Bench:
         )
         self.say("|---|---|--:|--:|--:|--:|--:|--:|--:|")
         for size, label in ((1024, "1 KiB"), (4 << 20, "4 MiB")):
-            group = [*self.volume_targets(), self.target("bare", [sys.executable, str(Path(__file__).with_name("bare_app.py"))], size)]
+            bare = [sys.executable, str(Path(__file__).with_name("bare_app.py"))]
+            group = [*self.volume_targets(), self.target("bare", bare, size)]
             reads: dict[str, Path] = {}
             try:
                 for t in group:
