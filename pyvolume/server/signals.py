@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import queue
 import signal
 import sys
+from collections import deque
 from types import FrameType
 
 from pyvolume import log
@@ -21,10 +21,16 @@ QUIT_STATUS = 2
 
 
 class Inbox:
-    """Where the main thread sleeps. put() may be called from signal handlers and from any thread."""
+    """Where the main thread sleeps. put() may be called from signal handlers and from any thread.
+
+    It sleeps on a pipe and not on a lock: the kernel may hand a signal that follows another closely to any thread, and
+    then only the byte that the interpreter writes to its wake-up descriptor tells the main thread to run the handler.
+    """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._notes: deque[object] = deque()
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._writer, False)
         self._deferred = False
 
     def install(self) -> None:
@@ -33,6 +39,7 @@ class Inbox:
         SIGQUIT prints all stacks and ends with status 2, SIGUSR1 prints them and goes on. The stacks of SIGQUIT, and
         those of a crash, are printed without the interpreter's help, so that they come out even if it is stuck.
         """
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, self._on_hangup)
@@ -47,20 +54,24 @@ class Inbox:
         self._deferred = True
 
     def put(self, note: object) -> None:
-        self._queue.put(note)
+        self._notes.append(note)
+        with contextlib.suppress(BlockingIOError):  # full: there is enough in it to wake the reader
+            os.write(self._writer, b"\0")
 
     def get(self) -> object:
         """The next note; waits for it. Handlers run while it waits."""
-        return self._queue.get()
+        while not self._notes:
+            os.read(self._reader, 512)
+        return self._notes.popleft()
 
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         if not self._deferred:
             log.exit_process(0)
-        self._queue.put(signal.Signals(number))
+        self.put(signal.Signals(number))
 
     def _on_hangup(self, number: int, _frame: FrameType | None) -> None:
         if self._deferred:
-            self._queue.put(signal.Signals(number))
+            self.put(signal.Signals(number))
 
 
 def _on_quit(_number: int, _frame: FrameType | None) -> None:

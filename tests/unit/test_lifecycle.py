@@ -238,6 +238,32 @@ def test_signal_while_a_master_is_waited_for_exits_0_at_once(make: Make) -> None
     assert not server.logged("Start Seaweed")
 
 
+def test_signals_close_together_are_all_acted_on() -> None:
+    """The second one often reaches another thread than the main one, which must be woken all the same."""
+    code = (
+        "import os, signal, threading, time\n"
+        "from pyvolume.server.signals import Inbox\n"
+        "inbox = Inbox(); inbox.install(); inbox.defer()\n"
+        "for _ in range(8): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "seen = set()\n"
+        "while len(seen) < 3: seen.add(inbox.get())\n"
+        "os._exit(0)\n"
+    )
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        time.sleep(0.01)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            child.send_signal(number)
+        try:
+            assert child.wait(5) == 0
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+
+
 def test_late_answer_of_a_master_ends_the_waiting() -> None:
     process = lifecycle.Process(SimpleNamespace(values={}), Inbox(), {})  # type: ignore[arg-type]
     process.context = SimpleNamespace(awaiting_master=True)  # type: ignore[assignment]
