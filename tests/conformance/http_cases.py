@@ -454,7 +454,7 @@ case(
     head(304, ("If-None-Match", '"c99465aa"')),
 )
 for label, value in (("weak", 'W/"c99465aa"'), ("star", "*"), ("list", '"x", "c99465aa"'), ("unquoted", "c99465aa")):
-    case(f"cond.if-none-match-{label}", put(HELLO), get(200, ("If-None-Match", value), body=HELLO))
+    case(f"cond.if-none-match.{label}", put(HELLO), get(200, ("If-None-Match", value), body=HELLO))
 for label, value, status in (
     ("same-second", DATE, 304),
     ("later", "Tue, 14 Nov 2023 22:13:21 GMT", 304),
@@ -463,7 +463,7 @@ for label, value, status in (
     ("utc", "Tue, 14 Nov 2023 22:13:20 UTC", 200),
     ("rubbish", "yesterday", 200),
 ):
-    case(f"cond.if-modified-since-{label}", put(HELLO), get(status, ("If-Modified-Since", value)))
+    case(f"cond.if-modified-since.{label}", put(HELLO), get(status, ("If-Modified-Since", value)))
 case("cond.since-wins-over-none-match", put(HELLO), get(304, ("If-None-Match", '"nope"'), ("If-Modified-Since", DATE)))
 case(
     "cond.others-are-ignored",
@@ -485,7 +485,7 @@ for label, value, content_range, body in (
     ("suffix-zero", "bytes=-0", "bytes 11-10/11", b""),
 ):
     case(
-        f"range.{label}",
+        f"range.one.{label}",
         put(HELLO),
         get(
             206,
@@ -703,7 +703,7 @@ for label, media, packed in (
     ("image-is-not-packed", "image/svg+xml", False),
 ):
     case(
-        f"gzip.{label}",
+        f"gzip.type.{label}",
         put(TEXT, ("Content-Type", media)),
         get(200, ("Accept-Encoding", "gzip"), want={"Content-Encoding": "gzip" if packed else None}),
     )
@@ -956,7 +956,13 @@ case(
 
 # ----------------------------------------------------------------------------------------------- deletes (http.md 11)
 
-case("delete.done", put(HELLO), delete(202, want=ERROR, body=lambda b: b.startswith(b'{"size":6')), get(404), delete(404, body='{"size":0}'))
+case(
+    "delete.done",
+    put(HELLO),
+    delete(202, want=ERROR, body=lambda b: b.startswith(b'{"size":6')),
+    get(404),
+    delete(404, body='{"size":0}'),
+)
 case("delete.unknown-key", delete(404, want=ERROR, body='{"size":0}'))
 case("delete.missing-volume", delete(404, body='{"size":0}'), volume=77)
 case("delete.bad-vid", delete(404, target="/x,{hex}", body='{"size":0}'))

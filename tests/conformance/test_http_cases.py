@@ -103,3 +103,13 @@ def test_the_document_lists_exactly_these_cases() -> None:
         expanded |= {case.name for case in CASES if case.name == name or case.name.startswith(name + ".")}
         assert any(case.name == name or case.name.startswith(name + ".") for case in CASES), f"no case {name}"
     assert {case.name for case in CASES} - expanded == set(), "cases that the document does not mention"
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+@pytest.mark.parametrize("target", ["/1.5,01deadbeef", "/.1,01deadbeef"])
+def test_a_dot_before_the_comma_closes_the_connection(bench: Bench, method: str, target: str) -> None:
+    client = bench.client()
+    with pytest.raises(ConnectionError):
+        client.ask(method, target, (("Content-Type", "a/b"),), b"x" if method == "PUT" else None)
+    client.close()
+    assert bench.ask("GET", "/healthz").status == 200
