@@ -30,7 +30,17 @@ from pyvolume._native import http as native
 from pyvolume.ops import delete, gojson, read, write
 from pyvolume.ops.auth import Guard
 from pyvolume.ops.context import Deleted, Events, Location, Ops
-from pyvolume.ops.message import JSON_HEADERS, TEXT_HEADERS, Buffer, Query, Request, Response, empty, json_error
+from pyvolume.ops.message import (
+    JSON_HEADERS,
+    TEXT_HEADERS,
+    Buffer,
+    Query,
+    Released,
+    Request,
+    Response,
+    empty,
+    json_error,
+)
 from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.server import http_pages
@@ -233,10 +243,16 @@ class App:
         except Exception:  # the top of this request: the client gets an answer, the log gets the trace
             log.exception("%s %s failed", method, environ["REQUEST_URI"])
             response = empty(500)
-        finally:
+
+        def ended() -> None:
             if not self._public:
                 events.in_flight_ended(method)
-        events.request_ended(label, response.status, time.monotonic() - started)
+            events.request_ended(label, response.status, time.monotonic() - started)
+
+        if isinstance(response.body, bytes | bytearray | memoryview):
+            ended()
+        else:
+            response.body = Released(response.body, ended)
         return _framed(start_response, self._complete(request, response))
 
     def _complete(self, request: Request, response: Response) -> Response:

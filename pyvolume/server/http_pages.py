@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from werkzeug.exceptions import RequestedRangeNotSatisfiable
 from werkzeug.wrappers import Response as PageResponse
 
 from pyvolume.errors import StorageError
@@ -285,7 +286,12 @@ def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
         page = PageResponse(io.BytesIO(data), content_type=kind, direct_passthrough=False)
         page.response = [data]
         ranged = {**environ, "REQUEST_METHOD": "HEAD" if environ["REQUEST_METHOD"] == "HEAD" else "GET"}
-        return page.make_conditional(ranged, accept_ranges=True, complete_length=len(data))
+        try:
+            return page.make_conditional(ranged, accept_ranges=True, complete_length=len(data))
+        except RequestedRangeNotSatisfiable:
+            headers = [("Content-Range", f"bytes */{len(data)}"), ("X-Content-Type-Options", "nosniff")]
+            text = "invalid range: failed to overlap\n"
+            return PageResponse(text, 416, headers, content_type="text/plain; charset=utf-8")
     inside = (
         sorted(
             {
