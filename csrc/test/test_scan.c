@@ -463,11 +463,20 @@ static void test_tail_longer_and_shorter(void) {
         }
         drop_files(&f);
     }
-    /* a tombstone is read whole, padding included */
-    files f = new_files(3, 4);
     uint64_t when;
     pv_errinfo err;
     int32_t size;
+    /* all of 8 bytes of padding missing: the time is there, but the length does not round up to the end */
+    files f = new_files(3, 4);
+    put(&f, 1, "1234567");
+    CHECK(ftruncate(f.dat, (off_t)f.end - 8) == 0);
+    CHECK_EQ(tail(&f, &when, &err), PV_TAIL_DAT_SHORTER);
+    CHECK_EQ(when, 1001);
+    CHECK_EQ(err.a, f.end);
+    drop_files(&f);
+
+    /* a tombstone is read whole, padding included */
+    f = new_files(3, 4);
     put(&f, 1, "one");
     const pv_needle gone = {.id = 1, .cookie = COOKIE, .append_at_ns = 5000};
     uint64_t at = add(&f, &gone, &size);

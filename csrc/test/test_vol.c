@@ -1075,6 +1075,25 @@ static void check_files(const place *p, pv_vol *v) {
     CHECK_EQ(at, stat_of(v).dat_bytes);
     CHECK_EQ(file_len(p->dat), at);
     CHECK_EQ(file_len(p->idx), stat_of(v).idx_bytes);
+    /* every row leads to its key's record */
+    int idx_fd = open(p->idx, O_RDONLY | O_CLOEXEC);
+    CHECK(idx_fd >= 0);
+    pv_idx_row row;
+    for (uint64_t i = 0; pv_idx_read(idx_fd, 4, i, &row, 1, NULL) == 1; i++) {
+        uint8_t head[16];
+        uint32_t cookie;
+        uint64_t id;
+        int32_t size;
+        if (row.offset == 0) {
+            CHECK_EQ(row.size, -1);
+            continue;
+        }
+        CHECK(pread(fd, head, 16, (off_t)row.offset) == 16);
+        pv_needle_header(head, &cookie, &id, &size);
+        CHECK_EQ(id, row.key);
+        CHECK_EQ(size, row.size < 0 ? 0 : row.size);
+    }
+    close(idx_fd);
     close(fd);
 }
 
@@ -1228,11 +1247,20 @@ typedef struct gate {
     int error;         /* what held calls answer */
     unsigned syncs;    /* all fdatasync calls */
     unsigned fail_nth; /* this call (of all) fails with error, held or not */
+    unsigned pwrites;
+    unsigned fail_pwrite; /* this write (of all) fails with error */
 } gate;
 
 static int gate_hook(void *ctx, const pv__io_event *ev, size_t *len) {
     gate *g = ctx;
     (void)len;
+    if (ev->op == PV__IO_PWRITE) {
+        pv__mutex_lock(&g->lock);
+        g->pwrites++;
+        int error = g->pwrites == g->fail_pwrite ? g->error : 0;
+        pv__mutex_unlock(&g->lock);
+        return error;
+    }
     if (ev->op != PV__IO_DATASYNC) {
         return 0;
     }
@@ -1545,6 +1573,80 @@ static void test_index_flush_fails(void) {
         close_and_drop(v);
         drop_place(&p);
     }
+}
+
+/* A row in the middle of a batch cannot be written: the whole batch fails, its rows and records are gone. */
+static void test_batch_row_fails(void) {
+    for (unsigned behind = 0; behind < 2; behind++) {
+        place p = new_place();
+        pv_vol *v = create(&p);
+        gate g;
+        writer w[5] = {0};
+        gate_init(&g, 2);
+        g.error = ENOSPC;
+        writer_start(&w[0], v, 1, "aaaaa", PV_WRITE_FSYNC);
+        gate_wait_held(&g);
+        for (unsigned i = 1; i < 5; i++) {
+            writer_start(&w[i], v, 1 + i, "bbbbb", PV_WRITE_FSYNC);
+        }
+        wait_dat(v, 8 + 5 * REC5);
+        gate_let_go(&g);
+        writer_join(&w[0]);
+        CHECK_EQ(w[0].rc, 0);
+        gate_wait_held(&g);
+        if (behind) {
+            put(v, 9, "plain");
+        }
+        pv__mutex_lock(&g.lock);
+        g.fail_pwrite = g.pwrites + 3;
+        pv__mutex_unlock(&g.lock);
+        gate_let_go(&g);
+        for (unsigned i = 1; i < 5; i++) {
+            writer_join(&w[i]);
+            CHECK_EQ(w[i].rc, PV_ESYS);
+            CHECK_EQ(w[i].err.sys_errno, ENOSPC);
+            CHECK_EQ(w[i].err.d, 2);
+            CHECK_EQ(read_code(v, 1 + i, 0), PV_ENOTFOUND);
+        }
+        gate_done(&g);
+        CHECK_EQ(file_len(p.idx), behind ? 32 : 16);
+        check_files(&p, v);
+        put(v, 2, "again");
+        close_and_drop(v);
+        v = reopen(&p);
+        expect_text(v, 1, "aaaaa");
+        expect_text(v, 2, "again");
+        CHECK_EQ(read_code(v, 3, 0), PV_ENOTFOUND);
+        if (behind) {
+            expect_text(v, 9, "plain");
+        }
+        close_and_drop(v);
+        drop_place(&p);
+    }
+}
+
+/* No memory for the map entry of a flushed write: refused now and after a reload. */
+static void test_flushed_map_fails(void) {
+    unsigned refused = 0;
+    int rc = PV_ENOMEM;
+    for (long n = 1; rc < 0; n++) {
+        place p = new_place();
+        pv_vol *v = create(&p);
+        pv_errinfo err;
+        pv__alloc_fail_at(n);
+        rc = write_flags(v, 1, "aaaaa", 5, PV_WRITE_FSYNC, &err);
+        pv__alloc_fail_at(0);
+        CHECK(rc == 0 || rc == PV_ENOMEM);
+        refused += rc < 0;
+        CHECK_EQ(read_code(v, 1, 0), rc == 0 ? 0 : PV_ENOTFOUND);
+        check_files(&p, v);
+        close_and_drop(v);
+        v = reopen(&p);
+        CHECK_EQ(read_code(v, 1, 0) == 0, rc == 0);
+        close_and_drop(v);
+        drop_place(&p);
+    }
+    CHECK(refused > 0);
 }
 
 /* A key with a pending record is taken: what comes after it in time comes after it in both files. */
@@ -1887,6 +1989,8 @@ int main(void) {
     RUN(test_orphan);
     RUN(test_unordered_rows);
     RUN(test_index_flush_fails);
+    RUN(test_batch_row_fails);
+    RUN(test_flushed_map_fails);
     RUN(test_key_order);
     RUN(test_flush_unchanged_and_sync);
     RUN(test_readonly);
