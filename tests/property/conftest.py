@@ -1,0 +1,15 @@
+"""Hypothesis profiles: default is quick; PYVOLUME_HYPOTHESIS=ci or expensive looks harder."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Times vary on shared machines, so no example has a deadline; files are made per example, not per test.
+settings.register_profile(
+    "default", max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.register_profile("ci", settings.get_profile("default"), max_examples=1000)
+settings.register_profile("expensive", settings.get_profile("default"), max_examples=20000)
+settings.load_profile(os.environ.get("PYVOLUME_HYPOTHESIS", "default"))
