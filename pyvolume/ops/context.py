@@ -6,10 +6,12 @@ nothing in ops imports server.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pyvolume.ops.auth import Guard, SecuritySettings
 from pyvolume.ops.message import Request
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from pyvolume.config import ServerConfig
     from pyvolume.ops.manifest import Fetched
     from pyvolume.storage.store import Store
+
+T = TypeVar("T")
 
 MAX_FAN_OUT_THREADS = 32  # requests to the second and further replicas under way at a time
 
@@ -96,6 +100,47 @@ class Events:
         """A peer refused a replica write; 0 = no answer."""
 
 
+class Helpers:
+    """A bounded pool of daemon threads, made as they are needed: a peer that hangs must not hold up the process's end,
+    which the standard library's pool would wait for."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._idle = 0
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Runs `work` on a helper as soon as one is free."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+            elif self._threads < self._most:
+                self._threads += 1
+                threading.Thread(target=self._run, name=f"fan-out-{self._threads}", daemon=True).start()
+            self._work.put((future, work))
+        return future
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, work = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as exc:
+                    future.set_exception(exc)
+            with self._lock:
+                self._idle += 1
+
+    def close(self) -> None:
+        """Lets the threads end when they are through with what was submitted."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._work.put(None)
+
+
 @dataclass
 class Ops:
     """One server's operations context; shared by all request threads."""
@@ -112,11 +157,9 @@ class Ops:
     events: Events
     self_url: str
     fetch_self: Callable[[Request], Fetched] | None = None
-    pool: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(MAX_FAN_OUT_THREADS, thread_name_prefix="fan-out")
-    )
+    pool: Helpers = field(default_factory=lambda: Helpers(MAX_FAN_OUT_THREADS))
 
     def close(self) -> None:
         """Ends the helper threads and closes kept connections."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.close()
         self.peers.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyvolume.ops import gojson
+from pyvolume.ops.auth import bearer_token
 
 if TYPE_CHECKING:
     from pyvolume._native.http import UrlPath
@@ -136,8 +137,6 @@ class Request:
     @property
     def token(self) -> str:
         """The JWT of the request, "" without (contract http.md 5.2)."""
-        from pyvolume.ops.auth import bearer_token
-
         return bearer_token(
             self.query.get(b"jwt").decode("latin-1") if self.raw_query else "",
             self.header(b"authorization").decode("latin-1"),

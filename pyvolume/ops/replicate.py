@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus
 
@@ -135,7 +136,9 @@ def _at_once(
     ops: Ops, locations: Sequence[Location], send: Callable[[Location, Cancel | None], None]
 ) -> _Failed | None:
     cancel = Cancel()
-    pending: set[Future[_Failed | None]] = {ops.pool.submit(_attempt, location, send, cancel) for location in locations}
+    pending: set[Future[_Failed | None]] = {
+        ops.pool.submit(partial(_attempt, location, send, cancel)) for location in locations
+    }
     while pending:
         done, pending = wait(pending, return_when=FIRST_COMPLETED)
         for future in done:

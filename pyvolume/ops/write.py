@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyvolume._native import http as native
+from pyvolume._native.engine import crc32c
 from pyvolume.errors import PyvolumeError, StorageError, VolumeNotFound
 from pyvolume.ops import gojson, gz, images, replicate
 from pyvolume.ops.auth import token_allows
@@ -248,8 +249,6 @@ def _store(ops: Ops, request: Request, parameters: Query, upload: Upload) -> Res
         if targets:
             ops.events.replication_ended("write", ok, time.monotonic() - started)
     if checksum is None:
-        from pyvolume._native.engine import crc32c
-
         checksum = crc32c(needle.data)
     md5 = upload.md5
     headers = [("Etag", native.etag(checksum)), ("Content-Md5", md5.decode("latin-1"))]

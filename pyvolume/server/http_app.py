@@ -43,6 +43,7 @@ from pyvolume.ops.message import (
 )
 from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
+from pyvolume.pb import volume_server_pb2
 from pyvolume.server import http_pages
 from pyvolume.server.address import join_host_port, with_grpc_port
 from pyvolume.server.http_admission import ADMITTED_KEY, URL_KEY, AdminAdmission, PublicAdmission
@@ -83,8 +84,6 @@ class _Cluster:
         self._context.master.invalidate(vid)
 
     def batch_delete(self, location: Location, fids: Sequence[str], *, request_id: str = "") -> Sequence[Deleted]:
-        from pyvolume.pb import volume_server_pb2
-
         answer = self._context.master.channels.unary(
             with_grpc_port(location.url, location.grpc_port),
             VOLUME_SERVICE,

@@ -5,7 +5,6 @@ Markup and assets are our own. Static files go through Werkzeug for ranges. Must
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import time
@@ -278,13 +277,18 @@ _FILES: Mapping[str, tuple[str, bytes]] = {
 }
 
 
+def _entries(directory: str) -> list[str]:
+    """What lies in a directory of the static files, `""` or a name that ends with a slash; directories with a slash."""
+    below = [path[len(directory) :] for path in _FILES if path.startswith(directory)]
+    return sorted({first + slash for first, slash, _ in (path.partition("/") for path in below)})
+
+
 def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
     """A static file or a listing of a directory, with ranges, for whatever method; 404 in Go's words otherwise."""
     found = _FILES.get(name)
     if found is not None:
         kind, data = found
-        page = PageResponse(io.BytesIO(data), content_type=kind, direct_passthrough=False)
-        page.response = [data]
+        page = PageResponse([data], content_type=kind)
         ranged = {**environ, "REQUEST_METHOD": "HEAD" if environ["REQUEST_METHOD"] == "HEAD" else "GET"}
         try:
             return page.make_conditional(ranged, accept_ranges=True, complete_length=len(data))
@@ -292,17 +296,7 @@ def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
             headers = [("Content-Range", f"bytes */{len(data)}"), ("X-Content-Type-Options", "nosniff")]
             text = "invalid range: failed to overlap\n"
             return PageResponse(text, 416, headers, content_type="text/plain; charset=utf-8")
-    inside = (
-        sorted(
-            {
-                path[len(name) :].split("/", 1)[0] + "/" * ("/" in path[len(name) :])
-                for path in _FILES
-                if path.startswith(name)
-            }
-        )
-        if not name or name.endswith("/")
-        else []
-    )
+    inside = _entries(name) if not name or name.endswith("/") else []
     if inside:
         links = "".join(f'<a href="{entry}">{entry}</a>\n' for entry in inside)
         head = '<!doctype html>\n<meta name="viewport" content="width=device-width">\n'
