@@ -1,0 +1,80 @@
+/* fuzz_http_url.c - request paths: splitting, ids and their error texts, and the texts made of names. */
+#include "../test/t.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len);
+
+static pv_text whole;
+
+/* A text that was cut out lies within the decoded path. */
+static void check_inside(pv_text t) {
+    CHECK(t.n == 0 || (t.p >= whole.p && t.p + t.n <= whole.p + whole.n));
+}
+
+static void check_error(const pv_id_error *e) {
+    CHECK(e->code != PV_ID_OK);
+    size_t n = pv_fid_error_text(e, NULL, 0);
+    char *text = malloc(n + 1);
+    CHECK(n > 0 && text != NULL);
+    CHECK_EQ(pv_fid_error_text(e, text, n), n);
+    size_t quoted = pv_json_escape(text, n, NULL, 0);
+    char *json = malloc(quoted);
+    CHECK(json != NULL);
+    CHECK_EQ(pv_json_escape(text, n, json, quoted), quoted);
+    for (size_t i = 0; i < quoted; i++) {
+        CHECK((unsigned char)json[i] >= 0x20 && json[i] != '<' && json[i] != '>' && json[i] != '&');
+    }
+    free(json);
+    free(text);
+}
+
+static void check_fid(pv_text t) {
+    pv_id_error e;
+    uint64_t key;
+    uint32_t cookie;
+    if (pv_fid_parse(t.p, t.n, &key, &cookie, &e) != 0) {
+        check_error(&e);
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
+    const char *raw = (const char *)data;
+    char *buf = malloc(len + 1);
+    pv_url u;
+    pv_errinfo err;
+    CHECK(buf != NULL);
+    int rc = pv_url_parse(raw, len, buf, len, &u, &err);
+    if (rc != 0) {
+        CHECK(rc == PV_EPARSE && err.b < len && raw[err.b] == '%');
+        free(buf);
+        return 0;
+    }
+    whole = u.path;
+    check_inside(u.vid);
+    check_inside(u.fid);
+    check_inside(u.filename);
+    check_inside(u.ext);
+    check_inside(u.claim_fid);
+    CHECK(u.claim_fid.n <= u.fid.n);
+    pv_id_error e;
+    uint32_t vid;
+    if (pv_vid_parse(u.vid.p, u.vid.n, &vid, &e) != 0) {
+        check_error(&e);
+    } else {
+        CHECK(u.kind == PV_URL_NEEDLE || u.kind == PV_URL_VID_ONLY);
+    }
+    check_fid(u.fid);
+    pv_text fid;
+    pv_url_write_fid(u.path.p, u.path.n, &fid);
+    check_inside(fid);
+    check_fid(fid);
+    size_t n = pv_content_disposition(0, u.path.p, u.path.n, NULL, 0);
+    char *text = malloc(n);
+    CHECK(text != NULL);
+    CHECK_EQ(pv_content_disposition(0, u.path.p, u.path.n, text, n), n);
+    for (size_t i = 0; i < n; i++) {
+        CHECK((text[i] >= ' ' && text[i] <= '~') || text[i] == '\t');
+    }
+    free(text);
+    free(buf);
+    return 0;
+}
