@@ -352,7 +352,7 @@ int pv_range_parse(const char *p, size_t n, uint64_t total, pv_range *ranges, si
         }
         found++;
         sum = (int64_t)((uint64_t)sum + (uint64_t)r.length);
-        outside |= r.start > (int64_t)total;
+        outside |= r.length < 0; /* Go looks for a start behind the end, which that has unless the sum wraps */
     }
     if (rc < 0) {
         return PV_RANGE_INVALID;

@@ -280,7 +280,7 @@ void pv__put_json(struct pv__wr *w, pv_text t) {
             i += len;
             continue;
         }
-        pv__put(w, t.p + plain, i - plain);
+        pv__put_text(w, pv__slice(t, plain, i));
         if (len == 0) {
             PV__PUT(w, "\\ufffd");
             len = 1;
@@ -297,7 +297,7 @@ void pv__put_json(struct pv__wr *w, pv_text t) {
         i += len;
         plain = i;
     }
-    pv__put(w, t.p + plain, t.n - plain);
+    pv__put_text(w, pv__slice(t, plain, t.n));
     pv__put_char(w, '"');
 }
 
