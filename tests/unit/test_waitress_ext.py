@@ -1496,6 +1496,13 @@ def test_what_follows_a_closing_answer_is_not_served(serve: Served) -> None:
     assert [e["PATH_INFO"] for e in store.environs] == ["/1"]
 
 
+def test_a_line_end_behind_the_last_body_causes_no_reset(serve: Served) -> None:
+    with Wire(serve(Store()).port) as w:
+        w.send(put("/1,0a", bytes(20_000), "Connection: close", method="POST") + b"\r\n")
+        assert w.answer("POST").status == 201
+        assert w.sock.recv(1) == b""
+
+
 def test_what_follows_length_beside_chunked_is_not_served(serve: Served) -> None:
     """CL.TE smuggling: the request hidden behind the chunks never runs."""
     store = Store()
@@ -2179,6 +2186,53 @@ def test_a_pipelined_request_is_no_sign_of_leaving(serve: Served) -> None:
         assert [w.answer().status, w.answer().status] == [200, 200]
 
 
+@pytest.mark.parametrize("how", ["pipelined", "half", "both"])
+def test_the_loop_does_not_spin_while_an_application_works(serve: Served, how: str) -> None:
+    events: list[int] = []
+
+    class Counting(wire.Channel):
+        def handle_event(self, what: int) -> None:
+            events.append(what)
+            super().handle_event(what)
+
+    gate = Gate()
+    server = serve(gate)
+    server.channel_class = Counting
+    with Wire(server.port) as w:
+        w.send(get())
+        eventually(lambda: gate.inside)
+        if how != "half":
+            w.send(get())
+        if how != "pipelined":
+            w.half()
+        eventually(lambda: len(events) > 1)
+        time.sleep(0.1)
+        assert len(events) < 6
+        gate.open.set()
+        for _ in range(1 if how == "half" else 2):
+            assert w.answer().status == 200
+
+
+def test_the_loop_does_not_spin_while_a_half_closed_reader_is_slow(serve: Served) -> None:
+    events: list[int] = []
+
+    class Counting(wire.Channel):
+        def handle_event(self, what: int) -> None:
+            events.append(what)
+            super().handle_event(what)
+
+    server = serve(fixed(chunks=[b"x" * 9_000_000]))
+    server.channel_class = Counting
+    with Wire(server.port, rcvbuf=8192) as w:
+        w.send(get())
+        eventually(lambda: any(c.state == wire._FLUSH for c in list(server.channels.values())))
+        w.half()
+        eventually(lambda: any(c.gone for c in list(server.channels.values())))
+        time.sleep(0.1)
+        assert len(events) < 20
+        assert len(w.answer().body) == 9_000_000
+
+
 def test_a_quiet_connection_counts_as_gone_after_the_idle_timeout(serve: Served) -> None:
     """Seen with Go: its background read times out and cancels the request, the answer is still delivered."""
     watch = Watch()
@@ -2341,16 +2395,58 @@ def test_stop_before_run_and_run_after_stop() -> None:
 
 
 def test_connections_taken_by_the_kernel_before_the_stop_are_answered(serve: Served) -> None:
-    server = create_server(echo, host="127.0.0.1", port=0, threads=1)
+    server = serve(echo)
+    loop_held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        loop_held.set()
+        go_on.wait(WAIT_S)
+
+    server.call_soon(hold)
+    assert loop_held.wait(WAIT_S)
     with Wire(server.port) as w:
         w.send(get())
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        eventually(lambda: server.stats.accepted)
-        assert server.stop(WAIT_S) is True
+        stopping, result = stop_in_thread(server, WAIT_S)
+        eventually(lambda: server.trigger.thunks, "the stop is waiting for the loop")
+        go_on.set()
         a = w.answer()
-        assert a.status == 200
-        thread.join(WAIT_S)
+        assert (a.status, a.get("Connection")) == (200, "close")
+        stopping.join(WAIT_S)
+        assert result == [True]
+
+
+def test_a_stop_that_begins_while_a_request_ends_leaves_no_connection(serve: Served) -> None:
+    """The stop passes by while a worker is about to hand the connection back: it must not stay as an idle one."""
+    stops: list[Any] = []
+
+    class Late(wire.Channel):
+        def _exchange_over(self, ending: int) -> None:
+            real = self.lock
+
+            class Lock:
+                def __enter__(self) -> None:
+                    if not stops:
+                        stops.append(stop_in_thread(server, WAIT_S))
+                        eventually(lambda: server.stopping and not server.accepting)
+                        passed = threading.Event()
+                        server.call_soon(passed.set)
+                        assert passed.wait(WAIT_S)
+                    real.acquire()
+
+                def __exit__(self, *_: object) -> None:
+                    real.release()
+
+            self.lock = Lock()  # type: ignore[assignment]
+            super()._exchange_over(ending)
+
+    server = serve(echo, idle_timeout_s=0)
+    server.channel_class = Late
+    with Wire(server.port) as w:
+        assert w.ask(get()).status == 200
+        assert w.closed()
+    eventually(lambda: stops)
+    stops[0][0].join(WAIT_S)
+    assert stops[0][1] == [True]
 
 
 def test_stopping_under_load_loses_no_answer(serve: Served) -> None:
@@ -2428,7 +2524,15 @@ def test_connections_and_requests_need_no_collector(serve: Served) -> None:
             if self.exchange is not None:
                 alive.add(self.exchange)
 
-    server = serve(forgetful, admission=OnHead(lambda h: Refusal(401) if h.path == b"/no" else None))
+    class Token:
+        """In every environment: lives as long as that."""
+
+    def on_head(head: RequestHead) -> Refusal | None:
+        head.environ["test.token"] = token = Token()
+        alive.add(token)
+        return Refusal(401) if head.path == b"/no" else None
+
+    server = serve(forgetful, admission=OnHead(on_head))
     server.channel_class = Tracked
     gc.collect()
     gc.disable()
