@@ -68,6 +68,7 @@ CLAIM_LOG_INTERVAL_S: Final = 30.0
 
 VOLUME_FILE_EXTENSIONS: Final = ("dat", "idx", "vif", "sdx", "cpd", "cpx", "cpc", "ldb", "rdb", "note")
 """What deleting a volume removes beside both base names (contract storage.md 18), in this order."""
+_OWN_EXTENSIONS: Final = ("cpldb", "cpd.kept", "cpx.kept", "idx.tmp", "vif.tmp")
 
 # For upstream's words on a blob with a negative size.
 _HEADER_AND_CHECKSUM: Final = 20
@@ -144,14 +145,20 @@ class ReadOnlyReasons:
 
 @dataclass(slots=True)
 class HandleOptions:
-    """Which files the engine's handle has open for reading only."""
+    """How the engine's handle was opened: which files for reading only, and whether its map is the sorted file."""
 
     dat_readonly: bool = False
     idx_readonly: bool = False
+    sorted_map: bool = False
 
     @property
-    def any(self) -> bool:
+    def any_readonly(self) -> bool:
         return self.dat_readonly or self.idx_readonly
+
+    @property
+    def may_write(self) -> bool:
+        """Whether this handle could ever take a write."""
+        return not (self.any_readonly or self.sorted_map)
 
 
 @dataclass
@@ -400,9 +407,10 @@ class Volume:
     def _apply_read_only(self) -> None:
         """Needs the state lock. The engine refuses by itself what bypasses Python (the fast lane)."""
         reasons = self.read_only_reasons
-        files_readonly = self._options.any
+        files_readonly = self._options.any_readonly
+        no_write = bool(reasons) or not self._options.may_write
         try:
-            self._handle.set_readonly(bool(reasons) or files_readonly, reasons.no_write_or_delete or files_readonly)
+            self._handle.set_readonly(no_write, reasons.no_write_or_delete or files_readonly)
         except engine.NativeError as exc:
             raise self._error(exc, "truncate", self.dat_path) from exc
 
@@ -426,7 +434,7 @@ class Volume:
 
     def _reopen_for_writing(self) -> None:
         """Needs the state lock. Exchanges a handle whose files were opened read-only for one that may write."""
-        if not self._options.any:
+        if self._options.may_write:
             return
         dat = files.check_file(self.dat_path)
         if dat.exists and not dat.can_write:
@@ -954,18 +962,28 @@ class Volume:
 
 
 def remove_volume_files(base_path: str, keep_vif: bool) -> None:
-    """Removes what belongs to a volume beside one base path. Failures are logged and skipped. Blocks on disk."""
-    for extension in VOLUME_FILE_EXTENSIONS:
-        if extension == "vif" and keep_vif:
-            continue
-        path = f"{base_path}.{extension}"
+    """Removes what belongs to a volume beside one base path. Failures are logged and skipped. Blocks on disk.
+
+    Upstream's set of files, and what repairs of ours may have put beside them.
+    """
+    names = [f"{base_path}.{extension}" for extension in VOLUME_FILE_EXTENSIONS if extension != "vif" or not keep_vif]
+    names += [f"{base_path}.{extension}" for extension in _OWN_EXTENSIONS]
+    directory, _, name = base_path.rpartition("/")
+    with contextlib.suppress(OSError):
+        names += [f"{directory}/{entry}" for entry in os.listdir(directory) if entry.startswith(f"{name}.torn-")]
+    for path in names:
         try:
             size = files.remove_if_exists(path)
         except OSError as exc:
             log.info("failed to remove volume file %s: %s", path, from_os_error(exc, "unlinkat", path))
             continue
-        if size >= 0 and extension in ("dat", "idx"):
+        if size >= 0 and path.endswith((".dat", ".idx")):
             log.info("removed volume file %s (size=%d)", path, size)
+
+
+def sdx_path_of(idx_path: str) -> str:
+    """The sorted file of an index."""
+    return idx_path.removesuffix(".idx") + ".sdx"
 
 
 def open_handle(
@@ -991,6 +1009,8 @@ def open_handle(
         flags |= engine.OpenFlag.DAT_READONLY
     if options.idx_readonly:
         flags |= engine.OpenFlag.IDX_READONLY
+    if options.sorted_map:
+        flags |= engine.OpenFlag.SORTED_MAP
     if read_only[0]:
         flags |= engine.OpenFlag.NO_WRITE
     if read_only[1]:
@@ -1008,6 +1028,7 @@ def open_handle(
             superblock=None if create is None else create.fields,
             preallocate_bytes=preallocate_bytes,
             last_append_at_ns=last_append_at_ns,
+            sdx_path=sdx_path_of(idx_path) if options.sorted_map else None,
         )
     except engine.NativeError as exc:
         number = exc.info.sys_errno

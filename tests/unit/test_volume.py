@@ -403,13 +403,12 @@ class FailingHandle:
         self.error = error
 
     def __getattr__(self, name: str):
-        if name in ("write", "delete", "write_blob", "sync", "read"):
-
-            def fail(*args, **kwargs):
-                raise self.error
-
-            return fail
+        if name in ("write", "delete", "write_blob", "sync", "read", "lookup", "pread"):
+            return self.fail
         return getattr(self.inner, name)
+
+    def fail(self, *args, **kwargs):
+        raise self.error
 
 
 def native_error(code: int, number: int = 0, a=0, b=0, c=0, d=0, size=0) -> engine.NativeError:
@@ -491,6 +490,32 @@ def test_full_disk_leaves_the_volume_writable(tmp_path: Path) -> None:
     volume.close()
 
 
+@pytest.mark.parametrize("code", [-1011, -1012])
+@pytest.mark.parametrize("call", ["read", "lookup", "pread", "write", "delete", "blob"])
+def test_calls_that_met_an_exchange_of_the_handle_are_repeated(volume: Volume, call: str, code: int) -> None:
+    """The old handle answers "closed", or "read only" to a write, but a new one is there by then."""
+    put(volume, 1, b"x")
+    good = volume._handle
+
+    class Outgoing(FailingHandle):
+        def fail(self, *args, **kwargs):
+            volume._handle = good
+            raise self.error
+
+    volume._handle = Outgoing(good, native_error(code))  # type: ignore[assignment]
+    blob = record(9, b"abc")
+    attempts = {
+        "read": lambda: data_of(volume, 1) == b"x",
+        "lookup": lambda: volume.lookup(1).offset == 8,
+        "pread": lambda: len(volume.pread(8, 16, 0)) == 16,
+        "write": lambda: put(volume, 2, b"y").offset > 8,
+        "delete": lambda: volume.delete_needle(1, COOKIE) > 0,
+        "blob": lambda: volume.write_blob(9, 8, blob).offset > 8,
+    }
+    assert attempts[call]()
+    assert volume._handle is good
+
+
 class CountedStat(FailingHandle):
     def __init__(self, handle: engine.Volume, eio_count: int) -> None:
         super().__init__(handle, native_error(ESYS))
@@ -554,15 +579,16 @@ def test_destroy_removes_what_belongs_to_the_volume(tmp_path: Path) -> None:
     idx.mkdir()
     volume = create(tmp_path, 3, "c", idx=idx)
     put(volume, 1, b"x")
-    for extension in ("sdx", "cpd", "cpx", "cpc", "note", "rdb"):
+    for extension in ("sdx", "cpd", "cpx", "cpc", "note", "rdb", "torn-4096", "torn-4096.1", "cpd.kept", "idx.tmp"):
         (tmp_path / f"c_3.{extension}").touch()
         (idx / f"c_3.{extension}").touch()
     (idx / "c_3.ldb").mkdir()
     (idx / "c_3.ldb" / "LOG").touch()
-    for bystander in ("c_33.dat", "c_3.ec00", "c_3.dat.copying", "3.dat"):
+    bystanders = ["3.dat", "3.torn-8", "c_3.dat.copying", "c_3.ec00", "c_33.dat", "c_33.torn-8"]
+    for bystander in bystanders:
         (tmp_path / bystander).touch()
     volume.destroy()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["3.dat", "c_3.dat.copying", "c_3.ec00", "c_33.dat", "idx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*bystanders, "idx"]
     assert not list(idx.iterdir())
 
 

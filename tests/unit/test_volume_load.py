@@ -703,11 +703,11 @@ def test_creation_over_existing_data_loads_it(tmp_path: Path) -> None:
 def test_last_append_time_survives_a_restart(tmp_path: Path) -> None:
     """Append times must rise even if the clock was set back in between."""
     far = 1 << 62
-    write_volume(tmp_path, [record(1, b"from the future", append_at_ns=far)])
-    write_index(tmp_path, [(1, 8, 20)])
+    offsets = write_volume(tmp_path, [record(1, b"old"), record(2, b"from the future", append_at_ns=far)])
+    write_index(tmp_path, [(2, offsets[1], 20), (1, offsets[0], 8)])  # the last row is not that of the last record
     volume = load(tmp_path, 3)
     assert volume.stat().last_append_at_ns == far
-    assert put(volume, 2, b"now").append_at_ns == far + 1
+    assert put(volume, 3, b"now").append_at_ns == far + 1
     volume.close()
 
 
