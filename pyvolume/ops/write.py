@@ -163,7 +163,7 @@ def parse(ops: Ops, request: Request, parameters: Query, body: Buffer) -> Upload
         size, plain = _measure(data, wanted=bool(found.md5))
     elif request.query.get(b"type") != b"replicate" and native.should_compress(found.name, found.mime, data):
         packed = gz.compress(data)
-        if len(packed) * 10 < len(data) * 9:
+        if gz.pays(len(packed), len(data)):
             data, compressed = packed, True
     md5 = _checked_md5(found.md5, plain) if found.md5 else b""
     needle = NeedleIn(0, 0, data)

@@ -69,3 +69,15 @@ def test_bombs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gz, "MAX_PLAIN_BYTES", 1 << 20)
     with pytest.raises(gz.TooLarge):
         gz.plain_size(gz.compress(bytes((1 << 20) + 1)))
+
+
+def test_small_data_is_coded_without_repeats() -> None:
+    assert len(gz.compress(b"abcd" * 31)) > len(gz.compress(b"abcd" * 32)), "below 128 bytes as Go does it"
+    assert gz.gunzip(gz.compress(b"abcd" * 31)) == b"abcd" * 31
+
+
+@pytest.mark.parametrize(
+    ("packed", "size", "worth"), [(84, 100, True), (85, 100, False), (0, 5, False), (895, 1000, False)]
+)
+def test_packing_must_save_a_tenth(packed: int, size: int, worth: bool) -> None:
+    assert gz.pays(packed, size) is worth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from pyvolume.ops.context import Helpers
 from pyvolume.ops.throttle import ByteGate, Slots, Verdict, Waiter
 
 
@@ -133,3 +134,29 @@ def test_counts_survive_many_threads() -> None:
     for thread in threads:
         thread.join(30)
     assert gate.in_flight == 0
+
+
+def test_helpers_run_what_they_are_given_on_a_bounded_number_of_threads() -> None:
+    helpers = Helpers(3)
+    together = threading.Barrier(3)
+    names = [helpers.submit(lambda: (together.wait(10), threading.current_thread().name)[1]) for _ in range(3)]
+    assert {future.result(10) for future in names} == {"fan-out-1", "fan-out-2", "fan-out-3"}
+    more = [helpers.submit(lambda: threading.current_thread().name) for _ in range(20)]
+    assert {future.result(10) for future in more} <= {"fan-out-1", "fan-out-2", "fan-out-3"}
+    failing = helpers.submit(lambda: 1 // 0)
+    assert isinstance(failing.exception(10), ZeroDivisionError)
+    assert helpers.submit(lambda: 5).result(10) == 5
+    helpers.close()
+
+
+def test_helpers_skip_what_was_cancelled() -> None:
+    helpers = Helpers(1)
+    hold = threading.Event()
+    first = helpers.submit(lambda: hold.wait(10))
+    ran: list[int] = []
+    second = helpers.submit(lambda: ran.append(1))
+    assert second.cancel()
+    hold.set()
+    assert first.result(10)
+    assert helpers.submit(lambda: ran).result(10) == []
+    helpers.close()
