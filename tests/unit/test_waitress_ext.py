@@ -764,6 +764,35 @@ def test_head_just_within_the_limit_is_served(echo_server: wire.VolumeHTTPServer
         assert len(json.loads(a.body)["env"]["HTTP_X"]) == wire.MAX_HEAD_BYTES - overhead
 
 
+def test_very_many_header_lines_are_431(echo_server: wire.VolumeHTTPServer) -> None:
+    with Wire(echo_server.port) as w:
+        assert w.ask(get("/", *["a:1"] * (wire.MAX_HEAD_LINES - 3))).status == 200
+        w.send(get("/", *["a:1"] * wire.MAX_HEAD_LINES))
+        assert w.rest().startswith(b"HTTP/1.1 431 ")
+
+
+def test_hostile_heads_are_understood_in_linear_time() -> None:
+    begin = b"GET / HTTP/1.1\r\nHost: a\r\n"
+
+    def cost(data: bytes) -> float:
+        begun = time.process_time()
+        with contextlib.suppress(wire._HeadError):
+            wire.parse_head(data, ("127.0.0.1", 1), {})
+        return time.process_time() - begun
+
+    for make in (
+        lambda n: begin + b"X: a\r\n" + b" b\r\n" * n + b"\r\n",
+        lambda n: begin + b"X: " + b" " * n + b"\x01\r\n\r\n",
+        lambda n: begin + b"X: " + b"a " * n + b"\x01\r\n\r\n",
+        lambda n: begin + b"a:\n" * n + b"\x01\r\n\r\n",
+        lambda n: b"GET /" + b"%41" * n + b"%zz HTTP/1.1\r\nHost: a\r\n\r\n",
+        lambda n: b"GET http://" + b"[" * n + b"/ HTTP/1.1\r\nHost: a\r\n\r\n",
+        lambda n: b"GET http://" + b"u:" * n + b"@h/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    ):
+        small, large = (min(cost(make(n)) for _ in range(3)) for n in (5_000, 50_000))
+        assert large < 40 * small + 0.05
+
+
 def test_a_long_head_in_small_pieces_costs_linear_time() -> None:
     """A head that arrives in very many pieces: each piece is looked at once, not everything that came before."""
 
