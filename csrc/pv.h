@@ -196,6 +196,10 @@ typedef struct pv_map_stats {
 
 /* Gives a map; free with pv_map_free. */
 PV_API int pv_map_new(uint8_t width, pv_map **out) PV_WUR;
+/* Gives the map of a volume that takes no writes: it lives in the sorted file sdx_path, which is made from the index if it
+ * is not newer or does not fit. put and load answer PV_EINVAL; a delete sets the row's size to -1 and counts nothing, and
+ * what a deleted needle's size was is not kept. Reads the whole index; get reads the file. idx_fd is borrowed. */
+PV_API int pv_map_open_sorted(uint8_t width, const char *sdx_path, int idx_fd, pv_map **out, pv_errinfo *err) PV_WUR;
 PV_API void pv_map_free(pv_map *m);
 /* Found: 0 and *offset (bytes), *size (maybe negative). Else PV_ENOTFOUND. Takes the map lock shared. */
 PV_API int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
@@ -220,12 +224,14 @@ enum pv_vol_flag {
     PV_VOL_IDX_READONLY = 4, /* open .idx O_RDONLY */
     PV_VOL_NO_MAP = 8,       /* the map lives outside (Python): write, delete and read take the entry from the caller */
     PV_VOL_NO_WRITE = 16,    /* start with writes refused */
-    PV_VOL_NO_DELETE = 32    /* start with deletes refused too */
+    PV_VOL_NO_DELETE = 32,   /* start with deletes refused too */
+    PV_VOL_SORTED_MAP = 64   /* the map is a sorted file, opts.sdx_path: for volumes that take no writes */
 };
 
 typedef struct pv_vol_opts {
     const char *dat_path; /* borrows */
     const char *idx_path; /* borrows */
+    const char *sdx_path; /* borrows; with PV_VOL_SORTED_MAP */
     uint32_t vid;
     uint32_t flags;
     uint8_t offset_width; /* 4 or 5 */

@@ -164,6 +164,17 @@ int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, 
 /* Adds to file_count what upstream counts besides puts. */
 void pv__map_count_files(pv_map *m, uint64_t more);
 
+/* A map that lives in a sorted file (pv_sorted.c). path: the .sdx, used or made anew. Gives *out and the counters. Not
+ * locked: the pv_map around it is. get, delete, visit answer as the functions of pv_map do, or with an I/O error. */
+typedef struct pv__sorted pv__sorted;
+int pv__sorted_open(const char *path, int idx_fd, uint8_t width, pv__sorted **out, pv_map_stats *stats,
+                    pv_errinfo *err) PV_WUR;
+void pv__sorted_close(pv__sorted *s);
+size_t pv__sorted_memory(const pv__sorted *s);
+int pv__sorted_get(const pv__sorted *s, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
+int pv__sorted_delete(pv__sorted *s, uint64_t key, int32_t *old_size) PV_WUR;
+int pv__sorted_visit(const pv__sorted *s, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;
+
 /* ------------------------------------------------------------------ files (pv_io.c)
  * Every system call of the engine that touches a file is made here. All are positional, go on after EINTR and short
  * transfers, and are bounded by the length asked for. They return 0 or a code; with PV_ESYS: a = offset, b = wanted

@@ -134,6 +134,7 @@ struct pv_map {
     size_t leaf_count;
     uint64_t units8_max;
     uint8_t width;
+    pv__sorted *sorted; /* then the entries are in a file, and all the above is unused */
     pv_map_stats stats; /* memory_bytes is computed when asked for */
 };
 
@@ -787,6 +788,7 @@ void pv_map_free(pv_map *m) {
         return;
     }
     pv__must(pthread_rwlock_destroy(&m->lock));
+    pv__sorted_close(m->sorted);
     for (size_t i = 0; i < m->root_count; i++) {
         pv__free(m->root[i].node);
     }
@@ -802,10 +804,25 @@ void pv_map_free(pv_map *m) {
     pv__free(m);
 }
 
+int pv_map_open_sorted(uint8_t width, const char *sdx_path, int idx_fd, pv_map **out, pv_errinfo *err) {
+    int rc = pv_map_new(width, out);
+    if (rc < 0) {
+        return pv__fail(err, rc, 0, 0, 0, 0);
+    }
+    rc = pv__sorted_open(sdx_path, idx_fd, width, &(*out)->sorted, &(*out)->stats, err);
+    if (rc < 0) {
+        pv_map_free(*out);
+        *out = NULL;
+    }
+    return rc;
+}
+
 int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) {
     int rc = PV_ENOTFOUND;
     pv__rdlock(&m->lock);
-    if (m->root_count > 0) {
+    if (m->sorted != NULL) {
+        rc = pv__sorted_get(m->sorted, key, offset, size);
+    } else if (m->root_count > 0) {
         spot at;
         leaf *l = find(m, key, &at);
         if (at.found) {
@@ -823,7 +840,7 @@ int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, uint64_t 
     const ent e = {.key = key, .units8 = offset / 8, .size = size};
     *old_offset = 0;
     *old_size = 0;
-    if (size < 0) {
+    if (size < 0 || m->sorted != NULL) {
         return PV_EINVAL;
     }
     if (e.units8 > m->units8_max) {
@@ -853,6 +870,11 @@ int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, uint64_t 
 
 int pv_map_delete(pv_map *m, uint64_t key, int32_t *old_size) {
     pv__wrlock(&m->lock);
+    if (m->sorted != NULL) {
+        int rc = pv__sorted_delete(m->sorted, key, old_size);
+        pv__rwunlock(&m->lock);
+        return rc;
+    }
     bool known = negate(m, key, old_size);
     if (*old_size > 0) {
         m->stats.deleted_count++;
@@ -893,6 +915,9 @@ static int apply_row(pv_map *m, const pv_idx_row *row) {
 
 int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, uint64_t *rows_done, pv_errinfo *err) {
     *rows_done = 0;
+    if (m->sorted != NULL) {
+        return pv__fail(err, PV_EINVAL, 0, 0, 0, 0);
+    }
     pv_idx_row *rows = pv__malloc(LOAD_ROWS * sizeof *rows);
     if (rows == NULL) {
         return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
@@ -937,7 +962,9 @@ int pv_map_visit(pv_map *m, uint64_t from, pv_idx_row *rows, size_t max) {
     int count = 0;
     const int limit = max > INT32_MAX ? INT32_MAX : (int)max;
     pv__rdlock(&m->lock);
-    if (m->root_count > 0) {
+    if (m->sorted != NULL) {
+        count = pv__sorted_visit(m->sorted, from, rows, (size_t)limit);
+    } else if (m->root_count > 0) {
         spot at;
         (void)find(m, from, &at);
         unsigned i = at.index;
@@ -966,6 +993,7 @@ void pv_map_stat(pv_map *m, pv_map_stats *out) {
     pv__rdlock(&m->lock);
     *out = m->stats;
     out->memory_bytes = sizeof *m + m->leaf_count * LEAF_BYTES + m->root_count * sizeof(inner) +
-                        m->root_cap * sizeof *m->root + m->chunk_cap * sizeof *m->chunks;
+                        m->root_cap * sizeof *m->root + m->chunk_cap * sizeof *m->chunks +
+                        (m->sorted != NULL ? pv__sorted_memory(m->sorted) : 0);
     pv__rwunlock(&m->lock);
 }

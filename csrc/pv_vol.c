@@ -252,6 +252,13 @@ static int load(pv_vol *v, const pv_vol_opts *o, gen *g, pv_errinfo *err) {
     if (o->flags & PV_VOL_NO_MAP) {
         return 0;
     }
+    if (o->flags & PV_VOL_SORTED_MAP) {
+        rc = pv_map_open_sorted(v->width, o->sdx_path, g->idx_fd, &g->map, err);
+        if (rc < 0) {
+            err->d = 2;
+        }
+        return rc;
+    }
     rc = pv_map_new(v->width, &g->map);
     if (rc < 0) {
         return pv__fail(err, rc, 0, 0, 0, 0);
@@ -297,7 +304,7 @@ static bool opts_ok(const pv_vol_opts *o) {
     if (o->dat_path == NULL || o->idx_path == NULL || (o->offset_width != 4 && o->offset_width != 5)) {
         return false;
     }
-    if (o->version != 0 && !version_ok(o->version)) {
+    if ((o->version != 0 && !version_ok(o->version)) || ((o->flags & PV_VOL_SORTED_MAP) && o->sdx_path == NULL)) {
         return false;
     }
     if (o->flags & PV_VOL_CREATE) {
@@ -333,7 +340,8 @@ int pv_vol_open(const pv_vol_opts *opts, pv_vol **out, pv_errinfo *err) {
     v->has_ttl = opts->has_ttl != 0;
     v->max_bytes = opts->max_volume_bytes != 0 ? opts->max_volume_bytes : opts->offset_width == 4 ? PV__GIB32 : TIB8;
     bool files_ro = (opts->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY)) != 0;
-    atomic_init(&v->no_write, files_ro || (opts->flags & (PV_VOL_NO_WRITE | PV_VOL_NO_DELETE)) != 0);
+    atomic_init(&v->no_write, files_ro || (opts->flags & PV_VOL_SORTED_MAP) ||
+                                  (opts->flags & (PV_VOL_NO_WRITE | PV_VOL_NO_DELETE)) != 0);
     atomic_init(&v->no_delete, files_ro || (opts->flags & PV_VOL_NO_DELETE) != 0);
     g->refs = 1;
     g->dat_fd = -1;
@@ -1383,7 +1391,8 @@ int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
     }
     bool may_append = no_write == 0 || no_delete == 0;
     pv__mutex_lock(&v->append_lock);
-    if (may_append && (v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) {
+    if ((may_append && (v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) ||
+        (no_write == 0 && (v->flags & PV_VOL_SORTED_MAP))) {
         rc = PV_EREADONLY;
     } else if (may_append && v->torn) {
         if (cut_back(v->gen->dat_fd, pv__load_u64(&v->gen->dat_end)) < 0 ||

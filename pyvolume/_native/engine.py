@@ -495,6 +495,7 @@ class OpenFlag(enum.IntFlag):
     NO_MAP = 8  # the map lives in Python: read, write and delete are given the entry
     NO_WRITE = 16  # start with writes refused
     NO_DELETE = 32  # start with deletes refused, too
+    SORTED_MAP = 64  # the map is the sorted file given: for volumes that take no writes
 
 
 class Entry(NamedTuple):
@@ -585,10 +586,11 @@ class Volume:
         preallocate_bytes: int = 0,
         max_volume_bytes: int = 0,
         last_append_at_ns: int = 0,
+        sdx_path: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Opens or creates (OpenFlag.CREATE with `superblock`) both files and loads the map.
 
-        `version` 0: the super block's. NativeError: PV_ESYS (info.d: 0 .dat, 1 .idx), PV_EEOF (no whole super block),
+        `version` 0: the super block's. NativeError: PV_ESYS (info.d: 0 .dat, 1 .idx, 2 sdx_path), PV_EEOF (no whole super block),
         PV_EVERSION, PV_EALIGN (ragged .idx), PV_ENOMEM, PV_EINVAL.
         """
         opts, out, err = _new("pv_vol_opts *"), _new("pv_vol **"), _new(_T_ERR)
@@ -604,8 +606,11 @@ class Volume:
         opts.last_append_at_ns = last_append_at_ns
         if superblock is not None:
             opts.superblock = superblock if isinstance(superblock, tuple) else superblock_parse(superblock)
+        sdx_c = None
+        if sdx_path is not None:
+            opts.sdx_path = sdx_c = _c_path(sdx_path)
         code = _lib.pv_vol_open(opts, out, err)
-        del dat_c, idx_c
+        del dat_c, idx_c, sdx_c
         if code < 0:
             raise _error(code, err)
         return cls(_gc(out[0], _lib.pv_vol_unref), vid)

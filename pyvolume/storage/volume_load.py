@@ -20,7 +20,7 @@ from pyvolume.errors import DiskError, StorageError, VolumeLoadError, from_nativ
 from pyvolume.faults import fault
 from pyvolume.storage import files, index_files, vif
 from pyvolume.storage.superblock import CURRENT_VERSION, SUPER_BLOCK_SIZE, SUPPORTED_VERSIONS, SuperBlock
-from pyvolume.storage.volume import HandleOptions, Volume, open_handle
+from pyvolume.storage.volume import HandleOptions, Volume, open_handle, sdx_path_of
 from pyvolume.types import ReplicaPlacement, Ttl, volume_base_name
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ def load_volume(
         raise from_os_error(exc, "open", found.idx_path) from exc
     no_write_or_delete = no_write_or_delete or damaged
     low = location is not None and location.is_low
-    handle_options = HandleOptions(dat_readonly=not found.dat.can_write)
+    # a volume that takes no writes is looked up in its sorted file, as upstream does
+    handle_options = HandleOptions(
+        dat_readonly=not found.dat.can_write, sorted_map=no_write_or_delete or no_write_can_delete
+    )
     refuse = (no_write_or_delete or no_write_can_delete or low, no_write_or_delete)
     handle = _open_checked(found, handle_options, block, refuse)
     volume = Volume(
@@ -441,6 +444,12 @@ def _verdict_text(found: _Files, verdict: TailVerdict, info: engine.NativeInfo) 
 
 def _open_checked(found: _Files, options: HandleOptions, block: SuperBlock, refuse: tuple[bool, bool]) -> engine.Volume:
     """Opens both files; an index that may not be written to only for reading, if the volume is read-only anyway."""
+    if options.sorted_map:
+        try:
+            return _open(found, options, block, refuse)
+        except StorageError as exc:
+            log.info("%s: %s; the map is held in memory instead", sdx_path_of(found.idx_path), exc)
+            options.sorted_map = False
     try:
         return _open(found, options, block, refuse)
     except DiskError as exc:

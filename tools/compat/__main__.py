@@ -19,7 +19,7 @@ DATA = Path(__file__).resolve().parents[2] / "tests" / "data"
 
 
 def read_gaps(path: Path | None) -> set[str]:
-    """Names that a later step brings: `family`, `profile/family`, or `volume:name`; `#` begins a comment."""
+    """Names that a later step brings: `family`, `profile/family`, `volume:name` or `rpc:Name`; `#` begins a comment."""
     if path is None:
         return set()
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if not any((fixture / "data").glob("*.dat*")) or (wanted and fixture.name not in wanted):
                     continue
-                volumes.check(fixture, args.server, report)
+                volumes.check(fixture, args.server, report, gaps)
         if only_http or not wanted:
             profiles = set(args.profile.split(",")) if args.profile else None
             for path in sorted((args.data / "http-4.44").glob("*.jsonl.xz")):
