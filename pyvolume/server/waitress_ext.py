@@ -274,13 +274,18 @@ class Refusal:
 class Hold:
     """What on_head may return to decide later (an upload that waits for room). No thread is held meanwhile.
 
-    The idle timeout does not apply while held; whoever holds must decide in the end. admit() and refuse() may be called
-    from any thread, the first call counts. `gone` turns True when the client has closed.
+    The connection is not closed for idleness while held; whoever holds must decide in the end. admit() and refuse() may
+    be called from any thread, the first call counts.
+
+    `gone` turns True, and on_gone (set it before on_head returns) is called on the loop thread, when the client has
+    closed its side, or when a request without a body has waited for the idle timeout: there Go cancels a request, so
+    that a throttled read is answered 499 after 30 s although it might wait for 60 (seen). The answer is still delivered.
     """
 
-    __slots__ = ("_channel", "_decided", "_lock", "_refusal", "gone")
+    __slots__ = ("_channel", "_decided", "_lock", "_refusal", "gone", "on_gone")
 
     def __init__(self) -> None:
+        self.on_gone: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._decided = False
@@ -301,6 +306,17 @@ class Hold:
             channel = self._channel
         if channel is not None:
             channel.server.call_soon(channel._hold_over)
+
+    def _client_left(self) -> None:
+        """Loop."""
+        if self.gone:
+            return
+        self.gone = True
+        if self.on_gone is not None and not self._decided:
+            try:
+                self.on_gone()
+            except Exception:
+                _log.exception("telling the holder of a request that its client has gone failed")
 
     def _bind(self, channel: Channel) -> bool:
         """Loop. True when the decision is still open."""
@@ -1568,8 +1584,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self._set_mask(0)
             else:
                 self._set_mask(_HANGUP)  # the next request is here already: it waits in the kernel
-        if self.hold is not None:
-            self.hold.gone = self.gone
+        if self.hold is not None and self.gone:
+            self.hold._client_left()
         if self.dead and self.state == _PARKED:
             self._drop()
 
@@ -1593,6 +1609,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         server = self.server
         if self.state in (_BUSY, _PARKED):  # our turn, not the client's
             due = server.now + server.idle_timeout_s
+            if self.hold is not None and self.head is not None and not self.head.has_body:
+                if self.last_activity + server.idle_timeout_s <= server.now:
+                    self.hold._client_left()
+                else:
+                    due = self.last_activity + server.idle_timeout_s
         else:
             due = self.last_activity + server.idle_timeout_s
         if due > server.now:
@@ -2160,7 +2181,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.then = self.after_body = _nothing
         hold, self.hold = self.hold, None
         if hold is not None:
-            hold.gone = True
+            hold._client_left()
         self._end_body()
         head, self.head = self.head, None
         if head is not None:

@@ -1838,6 +1838,36 @@ def test_a_hold_decided_at_once(serve: Served) -> None:
         assert w.ask(GET).body == D
 
 
+@pytest.mark.parametrize("how", ["half", "idle"])
+def test_a_holder_is_told_that_the_client_has_gone(serve: Served, how: str) -> None:
+    told: list[bytes] = []
+
+    def on_head(head: RequestHead) -> Hold:
+        hold = Hold()
+
+        def gone() -> None:
+            told.append(head.target)
+            hold.refuse(Refusal(499))
+
+        hold.on_gone = gone
+        return hold
+
+    server = serve(Store(), admission=OnHead(on_head), idle_timeout_s=0.3 if how == "idle" else 30)
+    with Wire(server.port) as w, Wire(server.port) as upload:
+        upload.send(put("/upload", D))
+        begun = time.monotonic()
+        w.send(get("/read"))
+        if how == "half":
+            w.half()
+        a = w.answer()
+        assert (a.status, a.reason) == (499, "status code 499")
+        assert w.closed()
+        if how == "idle":
+            assert time.monotonic() - begun > 0.25
+            assert upload.silent(0.4)  # its body is unread: Go does not look at the connection then
+        assert told == [b"/read"]
+
+
 def test_a_client_that_leaves_while_held(serve: Served) -> None:
     holds: list[Hold] = []
     ended = threading.Event()
