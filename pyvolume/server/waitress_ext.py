@@ -279,7 +279,7 @@ class Hold:
 
     `gone` turns True, and on_gone (set it before on_head returns) is called on the loop thread, when the client has
     closed its side, or when a request without a body has waited for the idle timeout: there Go cancels a request, so
-    that a throttled read is answered 499 after 30 s although it might wait for 60 (seen). The answer is still delivered.
+    that a throttled read is answered 499 after 30 s although it might wait for 60 (seen). The answer still goes out.
     """
 
     __slots__ = ("_channel", "_decided", "_lock", "_refusal", "gone", "on_gone")
