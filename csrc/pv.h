@@ -499,6 +499,20 @@ PV_API int pv_reg_withdraw(pv_reg *r, uint32_t vid) PV_WUR;           /* PV_ENOT
 PV_API pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) PV_WUR;
 PV_API int pv_reg_count(pv_reg *r);
 
+/* ------------------------------------------------------------------ search by append time (pv_since.c) */
+
+/* When the record at a byte offset was appended: 0 for versions 1 and 2, which do not keep it. Neither checksum nor id is
+ * looked at. dat_fd is borrowed. Errors: PV_EEOF (the record is not all there), PV_ECORRUPT (a = 0, b = offset, c = Size:
+ * negative), PV_EVERSION, PV_ESYS. */
+PV_API int pv_dat_append_time(int dat_fd, uint8_t version, uint64_t offset, uint64_t *append_at_ns,
+                              pv_errinfo *err) PV_WUR;
+/* Finds the first of the first `rows` rows of an index whose record was appended after since_ns. Rows without a record
+ * (offset 0) are stepped over. 1: *offset is where the record stands, *row its row. 0: nothing is newer, as always for
+ * versions 1 and 2. Reads about log2(rows) rows and records. Both descriptors are borrowed.
+ * Errors: those of pv_dat_append_time, with *row and *offset telling where; PV_EEOF with d = 1: the index is shorter. */
+PV_API int pv_dat_find_since(int dat_fd, int idx_fd, uint8_t width, uint8_t version, uint64_t rows, uint64_t since_ns,
+                             uint64_t *offset, uint64_t *row, pv_errinfo *err) PV_WUR;
+
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http
  *
