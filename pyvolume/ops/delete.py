@@ -12,7 +12,7 @@ from pyvolume.errors import PyvolumeError, StorageError
 from pyvolume.ops import gz, manifest, replicate
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Deleted, Location, Ops
-from pyvolume.ops.message import Request, Response, empty, json_error, json_reply
+from pyvolume.ops.message import Request, Response, Unanswered, empty, json_error, json_reply
 from pyvolume.types import parse_key_cookie
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def delete(ops: Ops, request: Request) -> Response:
         log.info("Not in whitelist: %s", request.peer_ip)
         return empty(401)
     url = request.url
+    if url.kind is native.UrlKind.DROP:
+        raise Unanswered
     try:
         needle_id, cookie = native.parse_fid(url.fid)
     except native.IdError as exc:

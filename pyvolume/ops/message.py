@@ -92,6 +92,10 @@ class Query:
 NO_QUERY = Query(b"")
 
 
+class Unanswered(Exception):
+    """The connection is to be closed without an answer: upstream dies on such a request (a dot before the comma)."""
+
+
 @dataclass(slots=True)
 class Request:
     """One request. `headers` maps lower-case names to their first value, blanks around it removed."""

@@ -14,9 +14,9 @@ from urllib.parse import quote_plus, urlsplit
 
 from pyvolume.errors import PyvolumeError
 from pyvolume.ops.context import Location, Ops
+from pyvolume.ops.gourl import encode_path, escaped_path
 from pyvolume.ops.message import Request, Response, empty
 from pyvolume.ops.peers import PeerError, PeerResponse
-from pyvolume.ops.replicate import go_path
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,6 @@ MAX_REDIRECTS = 10
 _PIECE_BYTES = 256 << 10
 _DRAIN_BYTES = 64 << 10
 _GZIP_WINDOW = 31  # zlib's wbits for gzip with header
-
-_PATH_SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~$&+,/:;=@!'()*[]%")
 
 # framing of one connection, or what the sender writes itself
 _NOT_FORWARDED = frozenset(
@@ -88,7 +86,7 @@ def _redirect(ops: Ops, request: Request, host: str) -> Response:
     """301 with nothing of the query but collection."""
     collection = request.value(b"collection")
     query = (f"collection={quote_plus(collection)}&" if collection else "") + "proxied=true"
-    url = f"{ops.peers.scheme}://{host}{go_path(b'/' + request.url.vid + b',' + request.url.fid)}?{query}"
+    url = f"{ops.peers.scheme}://{host}{encode_path(b'/' + request.url.vid + b',' + request.url.fid)}?{query}"
     headers = [("Location", url), ("Content-Type", "text/html; charset=utf-8")]
     if request.method != "GET":
         return Response(301, headers)
@@ -98,8 +96,7 @@ def _redirect(ops: Ops, request: Request, host: str) -> Response:
 
 def _target(request: Request) -> str:
     """Path as sent (re-encoded only where it is not valid as it stands) and the query in Go's form, `proxied` added."""
-    raw = request.target_path
-    path = raw.decode("ascii") if _PATH_SAFE.issuperset(raw) else go_path(request.url.path)
+    path = escaped_path(request.target_path, request.url.path)
     pairs: dict[bytes, list[bytes]] = {}
     for name, value in request.query.pairs:
         pairs.setdefault(name, []).append(value)

@@ -16,17 +16,18 @@ from pyvolume.errors import CorruptNeedle, CrcMismatch, NeedleDeleted, NeedleNot
 from pyvolume.ops import gz, images, manifest, proxy
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
+from pyvolume.ops.gourl import encode_path
 from pyvolume.ops.message import (
     TEXT_HEADERS,
     Buffer,
     Released,
     Request,
     Response,
+    Unanswered,
     empty,
     json_error,
     json_reply,
 )
-from pyvolume.ops.replicate import go_path
 from pyvolume.ops.throttle import Verdict
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ Source = Callable[[int, int], Iterator[Buffer]]
 
 def get(ops: Ops, request: Request) -> Response:
     """Answers a GET or HEAD of the catch-all route. Blocks on disk, and on peers where the answer comes from there."""
+    if request.url.kind is native.UrlKind.DROP:
+        raise Unanswered
     if not request.admitted and ops.downloads.over_limit():
         refusal = _over_limit(ops, request)
         if refusal is not None:
@@ -443,7 +446,7 @@ def _fetch_chunk(ops: Ops, request: Request, host: str, fid: str, skip: int) -> 
     """One chunk, without any token as upstream. A chunk on this server takes the same way but for the socket: it must
     not wait for another worker of this very server."""
     headers = [("Range", f"bytes={skip}-")] if skip > 0 else []
-    target = go_path(b"/" + fid.encode("utf-8", "surrogateescape"))
+    target = encode_path(b"/" + fid.encode("utf-8", "surrogateescape"))
     if host == ops.self_url and ops.fetch_self is not None:
         raw = [(name.encode(), value.encode()) for name, value in headers]
         return ops.fetch_self(

@@ -14,12 +14,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote_plus
 
 from pyvolume._native import http as native
 from pyvolume.errors import PyvolumeError
 from pyvolume.ops import gojson
 from pyvolume.ops.context import Location, Ops
+from pyvolume.ops.gourl import encode_path
 from pyvolume.ops.peers import Buffer, Cancel, Failure, PeerError, PeerResponse
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 WRITE_DIAL_S = 10.0
 DELETE_DIAL_S = 30.0
 _REPLY_LIMIT = 1 << 20  # bytes of a peer's answer that are looked at
-_GO_PATH_SAFE = "$&+,/:;=@~"  # besides letters, digits and - _ . these stay as they are in Go's escaped path
 
 
 class ReplicationError(PyvolumeError):
@@ -85,14 +85,9 @@ def write(ops: Ops, vid: int, locations: Sequence[Location], needle: ReplicaWrit
 
 def delete(ops: Ops, vid: int, locations: Sequence[Location], path: bytes, token: str) -> None:
     """Sends the delete to all locations at once. Raises ReplicationError at the first failure."""
-    target = f"{go_path(path)}?type=replicate"
+    target = f"{encode_path(path)}?type=replicate"
     headers = [("Authorization", f"Bearer {token}")] if token else []
     _fan_out(ops, vid, locations, lambda location, cancel: _delete_on(ops, location, target, headers, cancel), "delete")
-
-
-def go_path(path: bytes) -> str:
-    """A decoded path percent-encoded as Go's URL type does."""
-    return quote(path, safe=_GO_PATH_SAFE)
 
 
 # ---------------------------------------------------------------------------------------------------- fanning out
@@ -159,7 +154,7 @@ class _PeerRefusal(PeerError):
 
 
 def _write_to(ops: Ops, location: Location, needle: ReplicaWrite, cancel: Cancel | None) -> None:
-    target = f"{go_path(needle.path)}?{_write_query(needle)}"
+    target = f"{encode_path(needle.path)}?{_write_query(needle)}"
     url = f"{ops.peers.scheme}://{location.url}{target}"
     head, tail, boundary = _part(ops, needle, url)
     headers = [("Content-Type", f"multipart/form-data; boundary={boundary}")]

@@ -19,7 +19,7 @@ from pyvolume.errors import PyvolumeError, StorageError, VolumeNotFound
 from pyvolume.ops import gojson, gz, images, replicate
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
-from pyvolume.ops.message import JSON_HEADERS, Buffer, Query, Request, Response, empty, json_error
+from pyvolume.ops.message import JSON_HEADERS, Buffer, Query, Request, Response, Unanswered, empty, json_error
 from pyvolume.storage.volume import (
     FLAG_CHUNK_MANIFEST,
     FLAG_COMPRESSED,
@@ -45,7 +45,8 @@ _UINT64_MAX = (1 << 64) - 1
 def refuse_early(ops: Ops, request: Request) -> Response | None:
     """The refusals that need no byte of the body, in upstream's order: white list, query and media type, vid, token.
 
-    None: the body is wanted. `put` runs the same checks again, since settings may change while a body arrives.
+    None: the body is wanted. `put` runs the same checks again, since settings may change while a body arrives. Raises
+    Unanswered.
     """
     if not ops.guard.allows(request.peer_ip):
         log.info("Not in whitelist: %s", request.peer_ip)
@@ -57,6 +58,8 @@ def refuse_early(ops: Ops, request: Request) -> Response | None:
     if request.query.error is not None:
         return json_error(request, 400, request.query.error)
     url = request.url
+    if url.kind is native.UrlKind.DROP:
+        raise Unanswered
     try:
         native.parse_vid(url.vid)
     except native.IdError as exc:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from pyvolume._native import http as native
 from pyvolume.ops import write
 from pyvolume.ops.context import Ops
-from pyvolume.ops.message import Query, Request, Response, empty, json_error
+from pyvolume.ops.gourl import redirect_for
+from pyvolume.ops.message import Query, Request, Response, Unanswered, empty, json_error
 from pyvolume.ops.throttle import ByteGate, Slots, Waiter
 from pyvolume.server.waitress_ext import Hold, Refusal, RequestHead
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 URL_KEY = "pyvolume.url"
 """environ key of the parsed path."""
+REDIRECT_KEY = "pyvolume.redirect"
+"""environ key of the cleaned path that an unclean one is redirected to, or None."""
 ADMITTED_KEY = "pyvolume.admitted"
 """environ key: the download limit was looked at already."""
 EARLY_CHECK_BYTES = 64 << 10
@@ -75,7 +78,9 @@ class AdminAdmission:
             return None
         head.environ[URL_KEY] = url
         method = head.method
-        if url.unclean or url.kind is native.UrlKind.DROP or self._is_page(head.path):
+        target = redirect_for(head.path, url.path, url.unclean) if method != b"CONNECT" else None
+        head.environ[REDIRECT_KEY] = target
+        if target is not None or self._is_page(head.path):
             head.read_body = False
             return None
         if method in (b"POST", b"PUT"):
@@ -128,7 +133,11 @@ class AdminAdmission:
             head.on_body = arrived
         if head.expect_continue or head.chunked or count >= EARLY_CHECK_BYTES:
             request = _request_of(head, url)
-            response = write.refuse_early(ops, request)
+            try:
+                response = write.refuse_early(ops, request)
+            except Unanswered:
+                head.read_body = False
+                return None
             if response is not None:
                 return self._finish(request, response)
         return self._with_slot(head, url, hold) if self._asks_elsewhere(head, url) else None

@@ -30,6 +30,7 @@ from pyvolume._native import http as native
 from pyvolume.ops import delete, gojson, read, write
 from pyvolume.ops.auth import Guard
 from pyvolume.ops.context import Deleted, Events, Location, Ops
+from pyvolume.ops.gourl import clean_path, redirect_for
 from pyvolume.ops.message import (
     JSON_HEADERS,
     TEXT_HEADERS,
@@ -38,6 +39,7 @@ from pyvolume.ops.message import (
     Released,
     Request,
     Response,
+    Unanswered,
     empty,
     json_error,
 )
@@ -46,7 +48,7 @@ from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
 from pyvolume.server import http_pages
 from pyvolume.server.address import join_host_port, with_grpc_port
-from pyvolume.server.http_admission import ADMITTED_KEY, URL_KEY, AdminAdmission, PublicAdmission
+from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
 from pyvolume.server.waitress_ext import Refusal, RequestHead, VolumeHTTPServer, create_server, status_line
 from pyvolume.version import server_header
@@ -67,6 +69,7 @@ BODY_BYTES_IN_MEMORY = 256 << 20
 BATCH_DELETE_TIMEOUT_S = 60.0
 _ADMIN_METHODS = "PUT, POST, GET, DELETE, OPTIONS"
 _PUBLIC_METHODS = "GET, OPTIONS"
+_STATIC = http_pages.STATIC_PREFIX.encode()
 
 StartResponse = Callable[..., Any]
 
@@ -159,8 +162,7 @@ class App:
         self._public = public
         self._server = server_header(context.config.offset_bytes)
         self._methods = _PUBLIC_METHODS if public else _ADMIN_METHODS
-        rules = [Rule("/favicon.ico", endpoint="static"), Rule("/seaweedfsstatic/<path:name>", endpoint="static")]
-        rules.append(Rule("/seaweedfsstatic/", endpoint="static", defaults={"name": ""}))
+        rules = [Rule("/favicon.ico", endpoint="static")]
         if not public:
             rules += [
                 Rule("/status", endpoint="status"),
@@ -170,7 +172,7 @@ class App:
             security = context.security
             if not security.jwt_write_key or security.ui_access:
                 rules.append(Rule("/ui/index.html", endpoint="ui"))
-        self._routes = Map(rules, strict_slashes=True, merge_slashes=False, redirect_defaults=False)
+        self._routes = Map(rules, strict_slashes=True, merge_slashes=False)
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[Buffer]:
         head: RequestHead = environ["pyvolume.head"]
@@ -181,10 +183,14 @@ class App:
                 url = native.parse_url(path)
             except native.BadEscape:
                 return _plain_refusal(start_response, "400 Bad Request")
-        if (url.unclean or path == b"/seaweedfsstatic") and method != "CONNECT":
-            return _redirect_to_clean(start_response, method, path, head.query)
-        if url.kind is native.UrlKind.DROP:
-            raise ClientDisconnected  # upstream dies here and says nothing; the connection is closed
+        if REDIRECT_KEY in environ:
+            clean = environ[REDIRECT_KEY]
+        else:
+            clean = redirect_for(path, url.path, url.unclean) if method != "CONNECT" else None
+        if path == b"/seaweedfsstatic":
+            clean = http_pages.STATIC_PREFIX
+        if clean is not None:
+            return _redirect_to_clean(start_response, method, clean, head.query)
         if self.is_page(path):
             return self._page(environ, start_response, path, head.query)
         return self._needle(environ, start_response, head, url)
@@ -239,6 +245,10 @@ class App:
             else:
                 label = "INVALID"
                 response = json_error(request, 400, f"unsupported method {method}")
+        except Unanswered:
+            if not self._public:
+                events.in_flight_ended(method)
+            raise ClientDisconnected from None
         except Exception:  # the top of this request: the client gets an answer, the log gets the trace
             log.exception("%s %s failed", method, environ["REQUEST_URI"])
             response = empty(500)
@@ -285,11 +295,15 @@ class App:
 
     def _match(self, path: bytes) -> tuple[str, str] | None:
         """(endpoint, name of a static file) of a path of the fixed routes."""
+        if path.startswith(_STATIC):
+            return "static", clean_path(unquote_to_bytes(path[len(_STATIC) :]).decode("latin-1"))[1:]
+        if b"//" in path or b"%2f" in path.lower():
+            return None  # no empty elements here, and an escaped slash separates nothing
         try:
-            endpoint, values = self._routes.bind("", "/").match(unquote_to_bytes(path).decode())
+            endpoint, _ = self._routes.bind("", "/").match(unquote_to_bytes(path).decode())
         except (HTTPException, UnicodeDecodeError):
             return None
-        return endpoint, values.get("name", "favicon.ico")
+        return endpoint, "favicon.ico"
 
     def _page(
         self, environ: dict[str, Any], start_response: StartResponse, path: bytes, query: bytes
@@ -460,33 +474,17 @@ def _plain_refusal(start_response: StartResponse, text: str) -> Iterable[Buffer]
     return _framed(start_response, Response(400, headers, text.encode()))
 
 
-def _redirect_to_clean(start_response: StartResponse, method: str, path: bytes, query: bytes) -> Iterable[Buffer]:
+def _redirect_to_clean(start_response: StartResponse, method: str, clean: str, query: bytes) -> Iterable[Buffer]:
     """307 to the path without empty and dot elements. Only GET and HEAD get a type, and GET a body."""
-    location = clean_path(path) + (b"?" + query if query else b"")
-    text = "".join(chr(byte) if byte < 0x80 else f"%{byte:02x}" for byte in location)
-    headers = [("Location", text)]
+    location = clean.encode("ascii") + (b"?" + query if query else b"")
+    headers = [("Location", "".join(chr(byte) if byte < 0x80 else f"%{byte:02x}" for byte in location))]
     body = b""
     if method in ("GET", "HEAD"):
         headers.append(("Content-Type", "text/html; charset=utf-8"))
     if method == "GET":
-        shown = escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
-        body = f'<a href="{shown}">Temporary Redirect</a>.\n\n'.encode()
+        shown = escape(location.decode("latin-1")).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+        body = f'<a href="{shown}">Temporary Redirect</a>.\n\n'.encode("latin-1")
     return _framed(start_response, Response(307, headers, body))
-
-
-def clean_path(path: bytes) -> bytes:
-    """A path with one slash between elements, `.` and `..` resolved, a trailing slash kept."""
-    if path == b"/seaweedfsstatic":
-        return path + b"/"
-    kept: list[bytes] = []
-    for element in path.split(b"/"):
-        if element == b"..":
-            if kept:
-                kept.pop()
-        elif element not in (b"", b"."):
-            kept.append(element)
-    cleaned = b"/" + b"/".join(kept)
-    return cleaned + b"/" if path.endswith(b"/") and cleaned != b"/" else cleaned
 
 
 def _body(environ: dict[str, Any]) -> Buffer:

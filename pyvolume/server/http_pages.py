@@ -283,6 +283,17 @@ def _entries(directory: str) -> list[str]:
     return sorted({first + slash for first, slash, _ in (path.partition("/") for path in below)})
 
 
+def _other_spelling(name: str) -> str:
+    """Where Go's file server sends a directory without its slash, a file with one, and an index page; "" elsewhere."""
+    if name == "index.html" or name.endswith("/index.html"):
+        return "./"
+    if name.endswith("/") and name[:-1] in _FILES:
+        return "../" + name[:-1].rsplit("/", 1)[-1]
+    if any(path.startswith(name + "/") for path in _FILES):
+        return name.rsplit("/", 1)[-1] + "/"
+    return ""
+
+
 def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
     """A static file or a listing of a directory, with ranges, for whatever method; 404 in Go's words otherwise."""
     found = _FILES.get(name)
@@ -301,7 +312,9 @@ def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
         links = "".join(f'<a href="{entry}">{entry}</a>\n' for entry in inside)
         head = '<!doctype html>\n<meta name="viewport" content="width=device-width">\n'
         return PageResponse(f"{head}<pre>\n{links}</pre>\n", content_type="text/html; charset=utf-8")
-    if any(path.startswith(name + "/") for path in _FILES):
-        return PageResponse(b"", 301, [("Location", name.rsplit("/", 1)[-1] + "/")])
+    target = _other_spelling(name)
+    if target:
+        query = environ.get("QUERY_STRING", "")
+        return PageResponse(b"", 301, [("Location", target + (f"?{query}" if query else ""))])
     headers = [("X-Content-Type-Options", "nosniff")]
     return PageResponse("404 page not found\n", 404, headers, content_type="text/plain; charset=utf-8")

@@ -285,6 +285,14 @@ for label, target, location in (
             b"",
         ),
     )
+for label, target, location in (
+    ("escapes-are-escaped-again", "//%41", "/%2541"),
+    ("invalid-bytes-are-decoded-first", "/{x}/%2e%2e", "/"),
+    ("marks-are-escaped", "//a'(b)", "/a%27%28b%29"),
+    ("query-stays", "//a?x=%41&y", "/a?x=%41&y"),
+    ("any-method", "/seaweedfsstatic", "/seaweedfsstatic/"),
+):
+    case(f"redirect.encoding.{label}", Step("OPTIONS", target, 307, want={"Location": location}, body=b""))
 case("redirect.escaped-slashes-are-none", get(400, target="/a%2F%2Fb"))
 
 # ------------------------------------------------------------------------------------------------ pages (http.md 12)
