@@ -25,10 +25,10 @@
  *   - The kernel reports a failed write-back once, and may count pages as clean after it. So all flushes of one handle
  *     go through flush_pending, and a failure fails every pending record, also those that joined during the flush.
  *   Failed records at the end of .dat are cut off. A failed record with others behind it stays as an orphan and is made
- *   harmless: cookie and id are zeroed and its checksum is broken, so that a scan steps over it and sees what other
- *   tools take for a zero-filled region, not a needle. (Zeroing needs another write to a disk that just failed one; if
- *   that is lost too, a loader that also lost the rows behind it can bring the unacknowledged record back. No
- *   acknowledged one is lost by that: its key was taken until the failure was answered.)
+ *   harmless: cookie and id are zeroed and its checksum is broken; one without data is zeroed altogether. So a scan
+ *   steps over it and sees a damaged record or a zero-filled region, not a needle. (Zeroing needs another write to a
+ *   disk that just failed one; if that is lost too, a loader that also lost the rows behind it can bring the
+ *   unacknowledged record back. A later acknowledged write of the key still wins: it stands further on.)
  *
  * Lock order: append_lock, then state_lock or the map's lock, which are both taken last.
  */
@@ -804,7 +804,7 @@ static void append_counter_row(pv_vol *v, gen *g, const pend *p) {
 
 /* Makes a failed record that others stand behind unfit to be taken up by a scan; best effort. */
 static void spoil_record(const gen *g, const pend *p) {
-    static const uint8_t zeros[12];
+    static const uint8_t zeros[32]; /* the longest record without data */
     uint8_t head[PV_NEEDLE_HEADER];
     uint8_t sum[CHECKSUM_BYTES];
     uint32_t cookie;
@@ -823,7 +823,9 @@ static void spoil_record(const gen *g, const pend *p) {
             return;
         }
     }
-    if (pv__io_pwrite(g->dat_fd, zeros, sizeof zeros, p->row.offset, NULL) < 0) {
+    /* Cookie and id; of a record without data all of it, time included, as it has no checksum to break. */
+    size_t len = size > 0 ? 12 : p->len < sizeof zeros ? (size_t)p->len : sizeof zeros;
+    if (pv__io_pwrite(g->dat_fd, zeros, len, p->row.offset, NULL) < 0) {
         return; /* best effort, see above */
     }
 }

@@ -1469,6 +1469,8 @@ static void test_orphan(void) {
     CHECK_EQ(rec[1].id, 0);
     CHECK_EQ(rec[1].cookie, 0);
     CHECK_EQ(rec[1].size, 0);
+    CHECK_EQ(rec[1].append_at_ns, 0);
+    CHECK_EQ(rec[1].record_len, 32);
     CHECK_EQ(rec[2].id, 102);
     CHECK_EQ(rec[2].status, 0);
     close(fd);
