@@ -372,6 +372,29 @@ def test_a_scan_of_the_directory_waits_for_a_volume_on_its_way_out(store: Store,
     assert store.find_volume(3) is not volume and not volume.is_open
 
 
+def test_a_scan_never_opens_files_that_are_being_closed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two handles on one volume would overwrite each other's records."""
+    volume = store.allocate_volume(3, "", PLAIN)
+    close, closing, go_on = volume.close_claimed, threading.Event(), threading.Event()
+
+    def slow_close() -> None:
+        closing.set()
+        go_on.wait(10)
+        close()
+
+    monkeypatch.setattr(volume, "close_claimed", slow_close)
+    leaving = threading.Thread(target=store.unmount_volume, args=(3,))
+    leaving.start()
+    assert closing.wait(10) and not store.has_volume(3)
+    scanning = threading.Thread(target=store.load_new_volumes)
+    scanning.start()
+    scanning.join(0.1)
+    assert scanning.is_alive() and not store.has_volume(3)
+    go_on.set()
+    leaving.join(10), scanning.join(10)
+    assert store.has_volume(3) and store.find_volume(3) is not volume and not volume.is_open
+
+
 # -------------------------------------------------------------------------------------------------------------- deletes
 
 
