@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pyvolume._native import http as native
 from pyvolume.errors import PyvolumeError, StorageError
-from pyvolume.ops import gz, manifest, replicate
+from pyvolume.ops import manifest, replicate
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Deleted, Location, Ops
 from pyvolume.ops.message import Request, Response, Unanswered, empty, json_error, json_reply
@@ -101,13 +101,7 @@ def _delete_chunks(ops: Ops, request: Request, needle: Needle) -> int:
     What can be deleted is deleted; then ChunkDeleteError is raised for the first chunk that failed (ids that are none
     come first, then unknown volumes). An absent chunk is no failure. Raises ManifestError before anything is deleted.
     """
-    data = bytes(needle.data or b"")
-    if needle.flags & _COMPRESSED:
-        try:
-            data = gz.gunzip(data) or b""
-        except (gz.BadGzip, gz.TooLarge):
-            data = b""
-    parsed = manifest.parse(data)
+    parsed = manifest.load(needle.data or b"", bool(needle.flags & _COMPRESSED))
     failures: list[str] = []
     by_volume: dict[str, list[str]] = {}
     for chunk in parsed.chunks:

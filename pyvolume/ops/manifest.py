@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pyvolume.errors import PyvolumeError
-from pyvolume.ops import gojson
+from pyvolume.ops import gojson, gz
 from pyvolume.ops.peers import PeerError
 
 READ_BYTES = 256 << 10
+MAX_TEXT_BYTES = 256 << 20  # of a manifest, unpacked; about two million chunks
 
 _JSON_WORDS: tuple[tuple[type, str], ...] = (
     (bool, "bool"),
@@ -113,6 +114,20 @@ def parse(data: bytes) -> Manifest:
         chunks.append(Chunk(_text(entry, "fid", inner), _int64(entry, "offset", inner), _int64(entry, "size", inner)))
     chunks.sort(key=lambda chunk: chunk.offset)
     return Manifest(_text(top, "name"), _text(top, "mime"), _int64(top, "size"), tuple(chunks))
+
+
+def load(data: bytes | bytearray | memoryview, compressed: bool) -> Manifest:
+    """Parses the data of a manifest needle, unpacking it first if it is marked as packed and looks so. Data that does
+    not unpack counts as empty, as upstream has it. Raises ManifestError."""
+    if compressed and gz.is_gzip(data):
+        try:
+            packed, data = data, b""
+            if gz.plain_size(packed) > MAX_TEXT_BYTES:
+                raise ManifestError(f"a manifest of more than {MAX_TEXT_BYTES} bytes")
+            data = b"".join(gz.pieces(packed))
+        except (gz.BadGzip, gz.TooLarge):
+            data = b""
+    return parse(bytes(data))
 
 
 class Fetched(Protocol):

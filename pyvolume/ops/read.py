@@ -401,11 +401,8 @@ def _expanded(
     ops: Ops, request: Request, asked: native.GetRequest, found: native.GetNeedle, wanted: dict[str, str]
 ) -> Response | None:
     """The joined chunks of a manifest; None if the data is no manifest (then it is served as it is)."""
-    data: Buffer = found.data or b""
-    if found.flags & COMPRESSED and gz.is_gzip(data):
-        data = _unpacked(data) or b""
     try:
-        parsed = manifest.parse(bytes(data))
+        parsed = manifest.load(found.data or b"", bool(found.flags & COMPRESSED))
     except manifest.ManifestError as exc:
         log.info("load chunked manifest (%s) error: %s", request.url.path, exc)
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from pyvolume.errors import PyvolumeError
-from pyvolume.ops import manifest
+from pyvolume.ops import gz, manifest
 from pyvolume.ops.peers import PeerError
 
 
@@ -66,6 +66,14 @@ def test_what_is_no_manifest(data: bytes, text: str) -> None:
     with pytest.raises(manifest.ManifestError) as caught:
         manifest.parse(data)
     assert str(caught.value) == text
+
+
+def test_packed_manifests() -> None:
+    text = b'{"name":"x"}'
+    assert manifest.load(gz.compress(text), True).name == "x"
+    assert manifest.load(memoryview(text), True).name == "x", "marked as packed, but it is not"
+    with pytest.raises(manifest.ManifestError, match="unexpected end of JSON input"):
+        manifest.load(gz.compress(text)[:-4], True)
 
 
 @dataclass
