@@ -16,7 +16,7 @@
  * Keys are never removed (a deleted one keeps its negated size, so that its bytes can still be read), so nothing merges.
  *
  * Locks: one rwlock per map, held shared by get, visit, stat, exclusively by put, delete, and by load for one batch of
- * rows at a time. No function here calls out of this file with it, except for memory.
+ * rows at a time. With it held, only memory and the sorted file are asked for.
  */
 #include "pv_int.h"
 
@@ -43,6 +43,7 @@
 #define ARENA_MMAP_MIN (64U * 1024U) /* bytes; smaller chunks come from malloc */
 
 #define LOAD_ROWS 4096U
+#define LOAD_AHEAD 6 /* rows whose leaves are on their way from memory while one is applied */
 
 #define CACHE_LINE 64U
 #define PREFETCH_BYTES 256U
@@ -497,16 +498,20 @@ static unsigned inner_find(const inner *node, uint64_t key) {
     return low;
 }
 
+/* Asks for a leaf's head and most of its keys at once, instead of waiting for each line as a search comes to it. */
+static inline void leaf_prefetch(const leaf *l) {
+    for (size_t line = 0; line < PREFETCH_BYTES; line += CACHE_LINE) {
+        __builtin_prefetch((const uint8_t *)l + line);
+    }
+}
+
 /* Finds a key or its place. The map is not empty. Needs the lock in either mode. */
 static leaf *find(const pv_map *m, uint64_t key, spot *at) {
     at->root = root_find(m, key);
     const inner *node = m->root[at->root].node;
     at->slot = inner_find(node, key);
     leaf *l = node->leaves[at->slot];
-    /* Ask for the head and most keys at once, instead of waiting for each line as the search comes to it. */
-    for (size_t line = 0; line < PREFETCH_BYTES; line += CACHE_LINE) {
-        __builtin_prefetch((const uint8_t *)l + line);
-    }
+    leaf_prefetch(l);
     uint64_t first = node->keys[at->slot];
     if (key < first) {
         at->index = 0;
@@ -932,6 +937,10 @@ int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, 
         int count = rc;
         pv__wrlock(&m->lock);
         for (int i = 0; i < count && rc >= 0; i++) {
+            if (m->root_count > 0 && i + LOAD_AHEAD < count) {
+                const inner *node = m->root[root_find(m, rows[i + LOAD_AHEAD].key)].node;
+                leaf_prefetch(node->leaves[inner_find(node, rows[i + LOAD_AHEAD].key)]);
+            }
             rc = apply_row(m, &rows[i]);
             *rows_done += rc >= 0;
         }
