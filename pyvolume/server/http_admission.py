@@ -61,7 +61,7 @@ class AdminAdmission:
 
     def __init__(self, ops: Ops, slots: Slots, is_page: Callable[[bytes], bool], finish: Finish) -> None:
         self._ops = ops
-        self._slots = slots
+        self.slots = slots
         self._is_page = is_page
         self._finish = finish
         self._server: VolumeHTTPServer | None = None
@@ -253,7 +253,7 @@ class AdminAdmission:
 
     def _with_slot(self, head: RequestHead, url: native.UrlPath, hold: Hold | None) -> Hold | None:
         """None: it has a slot. Else the request is held (in `hold`, where it is held already) until it gets one."""
-        slots, server = self._slots, self._server
+        slots, server = self.slots, self._server
         assert server is not None
         waiting = hold if hold is not None else Hold()
         over: list[bool] = []

@@ -14,6 +14,7 @@ from http_bench import HOST, Bench, serving
 
 from pyvolume.errors import PyvolumeError
 from pyvolume.security_config import SecurityConfig
+from pyvolume.server import http_admission
 from pyvolume.server.master_client import Location
 
 OCTETS = ("Content-Type", "application/octet-stream")
@@ -289,6 +290,25 @@ def test_servers_that_replicate_to_each_other_do_not_lock_up(pair: tuple[Bench, 
     for thread in threads:
         thread.join(60)
     assert statuses == [201] * 600
+
+
+def test_who_gets_no_slot_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_admission, "SLOT_WAIT_S", 0.1)
+    with serving(tmp_path) as bench:
+        bench.allocate(7, placement="001")
+        admission = bench.admin.server.admission
+        assert isinstance(admission, http_admission.AdminAdmission)
+        admission.slots.limit = 0
+        reply = bench.ask("PUT", f"/{bench.fid(7)}", (OCTETS,), b"x")
+        assert (reply.status, reply.body) == (500, b'{"error":"0 requests wait for other servers already"}')
+        assert bench.ask("PUT", f"/{bench.fid(7)}?type=replicate", (OCTETS,), b"x").status == 201
+        assert bench.ask("PUT", f"/{bench.fid(1)}", (OCTETS,), b"x").status == 201
+        assert bench.ask("GET", f"/{bench.fid(1)}").status == 404
+        admission.slots.limit = 1
+        assert bench.ask("PUT", f"/{bench.fid(7)}", (OCTETS,), b"x").status == 500, (
+            "too few replicas, but it was served"
+        )
+        assert admission.slots.taken == 0
 
 
 # ------------------------------------------------------------------------------------------- reads of other volumes
