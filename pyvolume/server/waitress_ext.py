@@ -1518,7 +1518,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.after_body: Callable[[BodyError | None, bool], None] = _nothing
         self.timer = server.call_later(server.idle_timeout_s, self._idle_check) if server.idle_timeout_s > 0 else None
 
-    # -- seam for TLS: a subclass replaces these two for an SSLSocket (want-read and want-write are "nothing now")
+    # -- seam for TLS: a subclass (VolumeHTTPServer.channel_class) replaces these three for an SSLSocket: want-read and
+    #    want-write are "nothing now". Bytes that ssl holds decrypted cause no event, so it must also go on reading while
+    #    pending() says so: after each handle_event, and when a connection is handed back (_exchange_over, _next_request).
 
     def _recv(self, size: int) -> bytes | None:
         """Bytes, b"" at the end, None when there is nothing now. Raises OSError on a broken connection."""
