@@ -1519,8 +1519,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.timer = server.call_later(server.idle_timeout_s, self._idle_check) if server.idle_timeout_s > 0 else None
 
     # -- seam for TLS: a subclass (VolumeHTTPServer.channel_class) replaces these three for an SSLSocket: want-read and
-    #    want-write are "nothing now". Bytes that ssl holds decrypted cause no event, so it must also go on reading while
-    #    pending() says so: after each handle_event, and when a connection is handed back (_exchange_over, _next_request).
+    #    want-write are "nothing now". Bytes that ssl holds decrypted cause no event, so it must also go on reading
+    #    while pending() says so: after handle_event, and when a connection comes back (_exchange_over, _next_request).
 
     def _recv(self, size: int) -> bytes | None:
         """Bytes, b"" at the end, None when there is nothing now. Raises OSError on a broken connection."""
