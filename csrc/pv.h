@@ -282,8 +282,8 @@ PV_API void pv_vol_unref(pv_vol *v); /* the last one closes and frees */
  * the files. Later calls answer PV_ECLOSED. Idempotent: a second call waits for the first and returns 0. The handle is
  * closed also when a sync failed (PV_ESYS, err->d: 0 = .dat, 1 = .idx). */
 PV_API int pv_vol_close(pv_vol *v, pv_errinfo *err) PV_WUR;
-/* Never waits for an append or a flush. Answers for a closed handle too, with the last figures and closed = 1. The
- * figures that come from the map are 0 with PV_VOL_NO_MAP. */
+/* Never waits for an append or a flush. Answers for a closed handle too, with the last figures and closed = 1. With
+ * PV_VOL_NO_MAP what comes from the map is what pv_vol_set_figures gave and was counted since. */
 PV_API int pv_vol_stat(pv_vol *v, pv_vol_stats *out) PV_WUR;
 PV_API void pv_vol_superblock(pv_vol *v, pv_superblock *out);
 /* Switches writes and deletes off or on; waits for appends and flushes that are under way. Switching on answers
@@ -340,7 +340,8 @@ enum pv_write_flag {
     PV_WRITE_CHECK_COOKIE = 1, /* refuse another cookie; without it cookie 0 adopts the stored one */
     PV_WRITE_FSYNC = 2,        /* data on disk before the entry is published and the call returns (group commit) */
     PV_WRITE_ENTRY = 4         /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none). Without it the key
-                                  counts as absent. Calls for one key must be serialised by the owner of the map.
+                                  counts as absent. Its revision must be right also if it is none. Calls for one key
+                                  must be serialised by the owner of the map.
                                   Not looked at when the handle has a map. */
 };
 
@@ -445,6 +446,7 @@ typedef struct pv_compact_opts {
 } pv_compact_opts;
 
 typedef struct pv_compact_stats {
+    uint64_t live_bytes; /* sum of the sizes of what was live when it began */
     uint64_t copied_needles;
     uint64_t read_bytes;
     uint64_t source_offset; /* furthest record copied, in the old file */
@@ -512,6 +514,29 @@ PV_API int pv_dat_append_time(int dat_fd, uint8_t version, uint64_t offset, uint
  * Errors: those of pv_dat_append_time, with *row and *offset telling where; PV_EEOF with d = 1: the index is shorter. */
 PV_API int pv_dat_find_since(int dat_fd, int idx_fd, uint8_t width, uint8_t version, uint64_t rows, uint64_t since_ns,
                              uint64_t *offset, uint64_t *row, pv_errinfo *err) PV_WUR;
+
+/* ------------------------------------------------------------------ maps kept outside (pv_vol.c, pv_live.c) */
+
+/* Sets the figures of the map of a PV_VOL_NO_MAP handle. Every write and delete that is given the entry it finds counts on
+ * from them, as upstream's leveldb map does: a put as a file, an overwritten or deleted entry with a size above 0 as deleted.
+ * A vacuum keeps them until they are set anew. Errors: PV_ECLOSED, PV_EINVAL (the handle has a map). */
+PV_API int pv_vol_set_figures(pv_vol *v, const pv_map_stats *figures) PV_WUR;
+/* How many rows the index has, and of which compaction revision it is. Waits while the last ones may still be taken back;
+ * rows told of stand as long as the revision does. PV_ECLOSED. */
+PV_API int pv_vol_settled_rows(pv_vol *v, uint64_t *rows, uint32_t *revision) PV_WUR;
+
+/* What is live after the first rows of an index, ascending by key: what a map kept outside is made from. */
+typedef struct pv_live pv_live;
+#define PV_LIVE_ENTRY 20 /* key (8 bytes), offset in bytes (8), size (4), all big-endian */
+/* Reads rows [0, max_rows) of the index, all if there are fewer. Gives *out: free with pv_live_free. *stats: upstream's
+ * counters of a map made from them (all rows are files, all but the last live row of each key are deleted); entries: how many
+ * pv_live_next will give. idx_fd is borrowed for the call only. Errors: PV_ESYS, PV_ENOMEM, PV_EINVAL. */
+PV_API int pv_live_open(int idx_fd, uint8_t width, uint64_t max_rows, pv_live **out, pv_map_stats *stats,
+                        pv_errinfo *err) PV_WUR;
+/* Writes up to max entries of PV_LIVE_ENTRY bytes each to buf; returns the count, 0 at the end. PV_EINVAL: max is 0 or above
+ * INT32_MAX. */
+PV_API int pv_live_next(pv_live *l, uint8_t *buf, size_t max) PV_WUR;
+PV_API void pv_live_free(pv_live *l);
 
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http

@@ -455,6 +455,9 @@ int pv_compact_begin(pv_vol *v, const pv_compact_opts *o, pv_compact **out, pv_e
         rc = pv__map_load_rows(c->snapshot, g->idx_fd, 0, c->rows_seen, &loaded, err);
     }
     if (rc == 0) {
+        pv_map_stats counted;
+        pv_map_stat(c->snapshot, &counted);
+        c->stats.live_bytes = counted.file_bytes - counted.deleted_bytes;
         rc = open_new(c, o, err);
     }
     if (rc == 0) {
@@ -707,6 +710,7 @@ static void install(pv_compact *c, gen *fresh) {
     v->flush_failed = false;
     pv__mutex_lock(&v->state_lock);
     gen *old = v->gen;
+    fresh->figures = old->figures; /* of a map kept outside: its owner brings them up to date */
     v->gen = fresh;
     pv__mutex_unlock(&v->state_lock);
     c->committed = true;

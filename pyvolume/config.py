@@ -368,13 +368,7 @@ GLOBAL_FLAGS: tuple[Flag, ...] = (
 
 def _volume_flags() -> tuple[Flag, ...]:
     return (
-        Flag(
-            "compactionMBps",
-            INT,
-            0,
-            "limit of vacuum and copy speed in MiB/s, 0 for none",
-            later="nothing is vacuumed or copied by this version",
-        ),
+        Flag("compactionMBps", INT, 0, "limit of vacuum and copy speed in MiB/s, 0 for none"),
         Flag("concurrentDownloadLimitMB", INT, 0, "limit of bytes in flight to clients in MiB, 0 for none"),
         Flag("concurrentUploadLimitMB", INT, 0, "limit of bytes in flight from clients in MiB, 0 for none"),
         Flag("cpuprofile", STRING, "", "file for a CPU profile", later="no profile is written"),

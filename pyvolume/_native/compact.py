@@ -27,6 +27,7 @@ _T_STATS: Final = _ffi.typeof("pv_compact_stats *")
 class CompactStats(NamedTuple):
     """How far a vacuum has come; counts of needles and bytes (header Sizes)."""
 
+    live_bytes: int
     copied_needles: int
     source_offset: int
     expired_needles: int

@@ -149,11 +149,10 @@ def _check_room(volume: Volume, stat: engine.VolumeStat, preallocate_bytes: int)
 
 
 def _check_size(volume: Volume, stats: CompactStats) -> None:
-    """Upstream's last look before the copy counts: what should have been copied must be there."""
+    """Upstream's last look before the copy counts: what was live when it began must be there."""
     if volume.ttl:
         return
-    stat = volume.stat()
-    expected = stat.file_bytes - stat.deleted_bytes - stats.dropped_bytes - stats.expired_bytes
+    expected = stats.live_bytes - stats.dropped_bytes - stats.expired_bytes
     if expected > stats.new_dat_bytes:
         raise StorageError(
             f"volume {volume.vid} unexpected new data size: {stats.new_dat_bytes} does not match size of content "
