@@ -274,6 +274,14 @@ class DiskLocation:
             log.error("new volume %s error %s", os.path.splitext(entry)[0], exc)
             return None
 
+    def load_named(self, name: str) -> Volume | None:
+        """Loads the volume with this base name. None if there is nothing to load; raises StorageError, OSError.
+
+        The caller makes it a member. Blocks on disk.
+        """
+        extension = ".idx" if files.exists(f"{self.directory}/{name}.idx") else ".vif"
+        return self._load_entry(name + extension, at_startup=False)
+
     def locate(self, vid: int) -> str | None:
         """File name of the first entry (name order) that ends in .idx or .vif and has this id. Blocks on disk."""
         try:

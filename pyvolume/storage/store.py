@@ -26,11 +26,14 @@ from pyvolume.errors import (
     NativeCode,
     NoFreeLocation,
     StorageError,
+    VolumeBusy,
     VolumeExists,
     VolumeNotEmpty,
     VolumeNotFound,
+    from_os_error,
 )
-from pyvolume.storage import vif
+from pyvolume.faults import fault
+from pyvolume.storage import copy, vif
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.state import StateFile
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
@@ -134,6 +137,7 @@ class Store:
         self._registry_lock = threading.Lock()
         self._listeners: list[ChangeListener] = []
         self._max_file_key = 0
+        self.copy_room = copy.CopyRoom()
         self.options = LoadOptions(
             offset_width=config.offset_bytes, repair=config.repair_on_load, index_kind=config.index_kind
         )
@@ -153,6 +157,7 @@ class Store:
         try:
             for location in self.locations:
                 location.open()
+                copy.recover(location.directory, location.idx_directory)
             self.check_free_space()
             counter = _Progress(progress) if progress is not None else None
             self._load_locations(at_startup=True, progress=counter)
@@ -435,6 +440,40 @@ class Store:
             log.info("mount volume %d", vid)
             self._notify("new", volume.short_info())
             return volume
+
+    def replace_volume(self, vid: int, location: DiskLocation, name: str, place: Callable[[], None]) -> Volume:
+        """Removes every copy of a volume, has `place` put other files under its base name, and mounts those.
+
+        Between the two the volume is away for the time of a few renames. Raises StorageError `failed to delete existing
+        volume %d: …` with all as before, `failed to mount volume %d: …` with the new files in place; what `place`
+        raises. Blocks on disk.
+        """
+        with self._ids.hold(vid):
+            old = self.copies(vid)
+            if any(volume.is_compacting for volume in old):
+                raise VolumeBusy(f"failed to delete existing volume {vid}: volume {vid} is compacting")
+            for volume in old:
+                info = volume.short_info()
+                try:
+                    self._destroy(volume)
+                except StorageError as exc:
+                    raise StorageError(f"failed to delete existing volume {vid}: {exc}") from exc
+                log.info("deleted volume %d on disk ID %d: it is replaced by a copy", vid, volume.disk_id)
+                self._notify("deleted", info)
+            place()
+            try:
+                fault("copy.mount")
+                fresh = location.load_named(name)
+            except OSError as exc:
+                raise StorageError(f"failed to mount volume {vid}: {from_os_error(exc, 'open')}") from exc
+            except StorageError as exc:
+                raise StorageError(f"failed to mount volume {vid}: {exc}") from exc
+            if fresh is None:
+                raise StorageError(f"failed to mount volume {vid}: volume {vid} not found on disk")
+            self._join(location, fresh)
+            log.info("mount volume %d", vid)
+            self._notify("new", fresh.short_info())
+            return fresh
 
     def unmount_volume(self, vid: int) -> None:
         """Closes every copy of a volume; one that is not mounted is no error. Waits for a running vacuum."""

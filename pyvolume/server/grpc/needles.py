@@ -78,7 +78,7 @@ def _delete_one(call: Call, fid: str, skip_cookie: bool) -> int:
     if comma <= 0:
         raise _ItemFailed(_BAD_REQUEST, "Wrong fid format.")
     try:
-        vid = _lenient_vid(fid[:comma])
+        vid = lenient_vid(fid[:comma])
         key, cookie = (parse_key_cookie if skip_cookie else FileId.parse_path)(fid[comma + 1 :])
     except ValueError as exc:
         raise _ItemFailed(_BAD_REQUEST, str(exc)) from None
@@ -102,7 +102,7 @@ def _delete_one(call: Call, fid: str, skip_cookie: bool) -> int:
     return size
 
 
-def _lenient_vid(text: str) -> int:
+def lenient_vid(text: str) -> int:
     """Quirk: what is no number is volume 0, a number beyond 64 bits the largest id. Beyond 32 bits: departure A3."""
     try:
         vid = parse_uint(text, 10, 64)

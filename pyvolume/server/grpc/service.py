@@ -18,7 +18,7 @@ import grpc
 
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
-from pyvolume.server.grpc import needles, server_info, sync, vacuum, volumes
+from pyvolume.server.grpc import copy, needles, query, server_info, sync, tail, vacuum, volumes, wire
 from pyvolume.server.grpc import reflection as reflection_module
 from pyvolume.server.grpc.calls import Call, Gates, Handler, request_id_of
 from pyvolume.server.grpc.methods import LIMITS, RPCS, Kind, Rpc
@@ -44,6 +44,9 @@ HANDLERS: dict[str, Handler] = {
     **needles.HANDLERS,
     **sync.HANDLERS,
     **vacuum.HANDLERS,
+    **copy.HANDLERS,
+    **tail.HANDLERS,
+    **query.HANDLERS,
 }
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
@@ -147,7 +150,7 @@ class _Dispatcher:
         """The grpcio handler for a method descriptor."""
         rpc = RPCS[method.name]
         handler = self._handlers.get(method.name)
-        _, request_class, response_class = method_classes(VOLUME_SERVICE, method.name)
+        _, request_class, _ = method_classes(VOLUME_SERVICE, method.name)
         if method.server_streaming:
             behaviour = self._streaming(rpc, handler)
         else:
@@ -156,7 +159,7 @@ class _Dispatcher:
         return make(
             behaviour,
             request_deserializer=request_class.FromString,
-            response_serializer=response_class.SerializeToString,
+            response_serializer=wire.serialize,
         )
 
     def _single(self, rpc: Rpc, handler: Handler | None, *, is_unary: bool) -> Any:
