@@ -195,19 +195,25 @@ static int open_file(pv__sorted *s, const char *path, int idx_fd, pv_map *live, 
 }
 
 /* Upstream walks the index backwards: the last row of a key decides whether an earlier one is superseded. */
-static int count(int idx_fd, uint8_t width, pv_map *live, pv_map_stats *stats, pv_errinfo *err) {
+int pv__index_count(int idx_fd, uint8_t width, uint64_t max_rows, pv_map *live, pv_map_stats *stats, pv_errinfo *err) {
     pv_idx_row *rows = pv__malloc(VISIT_ROWS * sizeof *rows);
     if (rows == NULL) {
         return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
     }
-    int n;
-    while ((n = pv_idx_read(idx_fd, width, stats->file_count, rows, VISIT_ROWS, err)) > 0) {
+    int n = 0;
+    while (stats->file_count < max_rows) {
+        uint64_t left = max_rows - stats->file_count;
+        n = pv_idx_read(idx_fd, width, stats->file_count, rows, left < VISIT_ROWS ? (size_t)left : VISIT_ROWS, err);
+        if (n <= 0) {
+            break;
+        }
         for (int i = 0; i < n; i++) {
             stats->file_bytes += rows[i].size > 0 ? (uint64_t)rows[i].size : 0;
             stats->max_key = rows[i].key > stats->max_key ? rows[i].key : stats->max_key;
         }
         stats->file_count += (uint64_t)n;
     }
+    n = n < 0 ? n : 0;
     uint64_t kept = 0;
     uint64_t kept_bytes = 0;
     uint64_t from = 0;
@@ -244,7 +250,7 @@ int pv__sorted_open(const char *path, int idx_fd, uint8_t width, pv__sorted **ou
     s->row_len = 12U + width;
     rc = pv_map_load(live, idx_fd, 0, &loaded, err);
     if (rc == 0) {
-        rc = count(idx_fd, width, live, stats, err);
+        rc = pv__index_count(idx_fd, width, UINT64_MAX, live, stats, err);
     }
     if (rc == 0) {
         rc = open_file(s, path, idx_fd, live, err);

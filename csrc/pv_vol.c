@@ -418,11 +418,11 @@ int pv_vol_close(pv_vol *v, pv_errinfo *err) {
     pv__mutex_unlock(&v->state_lock);
 
     int rc = sync_for_close(v, g, err);
-    pv_map_stats map_stats = {0};
+    pv_map_stats map_stats = g->figures;
     if (g->map != NULL) {
         pv_map_stat(g->map, &map_stats);
-        map_stats.memory_bytes = 0;
     }
+    map_stats.memory_bytes = 0;
     pv__mutex_lock(&v->state_lock);
     v->last_sb = g->sb;
     v->last_map = map_stats;
@@ -448,6 +448,10 @@ int pv_vol_stat(pv_vol *v, pv_vol_stats *out) {
     if (g != NULL) {
         if (g->map != NULL) {
             pv_map_stat(g->map, &map_stats);
+        } else {
+            pv__mutex_lock(&v->state_lock);
+            map_stats = g->figures;
+            pv__mutex_unlock(&v->state_lock);
         }
         out->dat_bytes = pv__load_u64(&g->dat_end);
         out->idx_bytes = pv__load_u64(&g->idx_end);
@@ -759,11 +763,30 @@ static int append_row(pv_vol *v, gen *g, const pv_idx_row *row, uint64_t record_
     return 0;
 }
 
-static int map_apply(gen *g, const pv_idx_row *row, pv_errinfo *err) {
+/* Counts a change of a map that is kept outside, as upstream's leveldb map counts. */
+static void count_change(pv_vol *v, gen *g, const pend *p) {
+    pv_map_stats *f = &g->figures;
+    pv__mutex_lock(&v->state_lock);
+    if (p->row.size >= 0) {
+        f->file_count++;
+        f->file_bytes += (uint64_t)p->row.size;
+        f->max_key = p->row.key > f->max_key ? p->row.key : f->max_key;
+    }
+    if (p->has_prior && p->prior.size > 0) {
+        f->deleted_count++;
+        f->deleted_bytes += (uint64_t)p->prior.size;
+    }
+    pv__mutex_unlock(&v->state_lock);
+}
+
+static int map_apply(pv_vol *v, gen *g, const pend *p, pv_errinfo *err) {
+    const pv_idx_row *row = &p->row;
     uint64_t old_offset;
     int32_t old_size;
     int rc = 0;
-    if (g->map != NULL) {
+    if (g->map == NULL) {
+        count_change(v, g, p);
+    } else {
         rc = row->size < 0 ? pv_map_delete(g->map, row->key, &old_size)
                            : pv_map_put(g->map, row->key, row->offset, row->size, &old_offset, &old_size);
     }
@@ -913,9 +936,11 @@ static int publish_batch(pv_vol *v, gen *g, pend *last, bool sync_idx, pv_errinf
     int rc = write_batch_rows(v, g, last, &begin, err);
     if (rc == 0 && (sync_idx || unordered)) {
         uint64_t end = pv__load_u64(&g->idx_end);
+        v->doubtful = true;
         pv__mutex_unlock(&v->append_lock);
         rc = pv__io_datasync(g->idx_fd, err);
         pv__mutex_lock(&v->append_lock);
+        v->doubtful = false;
         if (rc < 0) {
             err->d |= AT_FLUSH | AT_INDEX;
             unwrite_batch_rows(v, g, last, begin, end, err);
@@ -926,7 +951,7 @@ static int publish_batch(pv_vol *v, gen *g, pend *last, bool sync_idx, pv_errinf
         return rc;
     }
     for (pend *p = v->pend_head; p != last->next; p = p->next) {
-        p->rc = p->len == 0 ? 0 : map_apply(g, &p->row, &p->err);
+        p->rc = p->len == 0 ? 0 : map_apply(v, g, p, &p->err);
         if (p->rc < 0) {
             append_counter_row(v, g, p);
         }
@@ -1021,7 +1046,7 @@ static int change_begin(pv_vol *v, change *c, uint64_t id, bool is_delete, uint3
     } else if (flags & PV_WRITE_ENTRY) {
         c->p.prior = *known;
         c->p.has_prior = known->offset != 0;
-        if (c->p.has_prior && known->revision != c->g->sb.compaction_revision) {
+        if (known->revision != c->g->sb.compaction_revision) {
             rc = pv__fail(err, PV_ESTALE, known->revision, c->g->sb.compaction_revision, id, 0);
         }
     }
@@ -1058,7 +1083,7 @@ static int change_append(pv_vol *v, change *c, const struct iovec *iov, int iov_
     uint64_t idx_end = pv__load_u64(&g->idx_end);
     rc = append_row(v, g, &c->p.row, c->p.len, err);
     if (rc == 0) {
-        rc = map_apply(g, &c->p.row, err);
+        rc = map_apply(v, g, &c->p, err);
         if (rc < 0) {
             pv__store_u64(&g->idx_end, idx_end);
             roll_back(v, g->idx_fd, idx_end, err);
@@ -1078,7 +1103,7 @@ static int change_nothing(pv_vol *v, change *c, pv_errinfo *err) {
 
 /* Upstream holds flushed writes and blobs against the sum of all sizes written, pending ones included. */
 static int check_content_limit(const pv_vol *v, const gen *g, uint64_t more, pv_errinfo *err) {
-    uint64_t content = 0;
+    uint64_t content = g->figures.file_bytes;
     uint64_t pending = 0;
     if (g->map != NULL) {
         pv_map_stats stats;
@@ -1434,6 +1459,42 @@ int pv_vol_sync(pv_vol *v, pv_errinfo *err) {
             err->d = (err->d & AT_INDEX) != 0;
         }
     }
+    pv__mutex_unlock(&v->append_lock);
+    pv__vol_leave(v);
+    return rc;
+}
+
+/* ------------------------------------------------------------------ for a map that is kept outside */
+
+int pv_vol_set_figures(pv_vol *v, const pv_map_stats *figures) {
+    int rc = pv__vol_enter(v);
+    if (rc < 0) {
+        return rc;
+    }
+    pv__mutex_lock(&v->append_lock);
+    if (v->gen->map != NULL) {
+        rc = PV_EINVAL;
+    } else {
+        pv__mutex_lock(&v->state_lock);
+        v->gen->figures = *figures;
+        pv__mutex_unlock(&v->state_lock);
+    }
+    pv__mutex_unlock(&v->append_lock);
+    pv__vol_leave(v);
+    return rc;
+}
+
+int pv_vol_settled_rows(pv_vol *v, uint64_t *rows, uint32_t *revision) {
+    int rc = pv__vol_enter(v);
+    if (rc < 0) {
+        return rc;
+    }
+    pv__mutex_lock(&v->append_lock);
+    while (v->doubtful) {
+        pv__cond_wait(&v->flush_cond, &v->append_lock);
+    }
+    *rows = pv__load_u64(&v->gen->idx_end) / v->row_len;
+    *revision = v->gen->sb.compaction_revision;
     pv__mutex_unlock(&v->append_lock);
     pv__vol_leave(v);
     return rc;

@@ -17,7 +17,8 @@ typedef struct gen {
     uint32_t refs; /* guarded by state_lock; the handle holds one */
     int dat_fd;
     int idx_fd;
-    pv_map *map; /* NULL with PV_VOL_NO_MAP */
+    pv_map *map;          /* NULL with PV_VOL_NO_MAP */
+    pv_map_stats figures; /* of a map kept outside; changed under append_lock and state_lock */
     pv_superblock sb;
     _Atomic uint64_t dat_end; /* written under append_lock, read anywhere */
     _Atomic uint64_t idx_end;
@@ -66,6 +67,7 @@ struct pv_vol {
     pend *pend_tail;
     bool swapping;        /* a change of generation waits: nobody may join the pending records */
     bool flushing;        /* one thread flushes, with append_lock dropped */
+    bool doubtful;        /* rows at the end of .idx may be taken back: their flush is under way */
     bool flush_failed;    /* once, ever */
     bool torn;            /* bytes behind dat_end or idx_end could not be cut off */
     uint64_t max_row_end; /* furthest end of a record whose row was written since open */

@@ -1803,10 +1803,39 @@ static void test_no_map(void) {
     known.size = -known.size;
     CHECK_EQ(pv_vol_delete(v, 1, COOKIE, 0, PV_WRITE_ENTRY, &known, &size, &res, &err), 0);
     CHECK_EQ(size, -1);
-    CHECK_EQ(stat_of(v).file_count, 0);
+    CHECK_EQ(stat_of(v).file_count, 2); /* counted from the entries given, also without a map */
+    CHECK_EQ(stat_of(v).deleted_count, 2);
+    CHECK_EQ(stat_of(v).deleted_bytes, stat_of(v).file_bytes);
+    CHECK_EQ(stat_of(v).max_key, 1);
+    known = (pv_entry){.revision = 1};
+    CHECK_EQ(pv_vol_write(v, &n, PV_WRITE_ENTRY, &known, &res, &err), PV_ESTALE); /* absent, of another revision */
+    CHECK_EQ(pv_vol_delete(v, 7, COOKIE, 0, PV_WRITE_ENTRY, &known, &size, &res, &err), PV_ESTALE);
+    uint64_t rows = 0;
+    uint32_t revision = 9;
+    CHECK_EQ(pv_vol_settled_rows(v, &rows, &revision), 0);
+    CHECK_EQ(rows, 3);
+    CHECK_EQ(revision, 0);
+    const pv_map_stats figures = {.file_count = 10, .file_bytes = 1000, .deleted_count = 3, .max_key = 77};
+    CHECK_EQ(pv_vol_set_figures(v, &figures), 0);
+    n.id = 5;
+    known.revision = 0;
+    CHECK_EQ(pv_vol_write(v, &n, PV_WRITE_ENTRY, &known, &res, &err), 0);
+    CHECK_EQ(stat_of(v).file_count, 11);
+    CHECK_EQ(stat_of(v).file_bytes, 1000 + (uint64_t)res.size);
+    CHECK_EQ(stat_of(v).deleted_count, 3);
+    CHECK_EQ(stat_of(v).max_key, 77);
+    known = (pv_entry){.offset = res.offset, .size = 0}; /* an empty one is a file, but nothing is deleted with it */
+    CHECK_EQ(pv_vol_delete(v, 5, COOKIE, 0, PV_WRITE_ENTRY, &known, &size, &res, &err), 0);
+    CHECK_EQ(size, 0);
+    CHECK_EQ(stat_of(v).deleted_count, 3);
+    CHECK_EQ(pv_vol_close(v, &err), 0);
+    CHECK_EQ(stat_of(v).file_count, 11);
+    CHECK_EQ(pv_vol_set_figures(v, &figures), PV_ECLOSED);
+    CHECK_EQ(pv_vol_settled_rows(v, &rows, &revision), PV_ECLOSED);
     close_and_drop(v);
     v = reopen(&p); /* the rows are there all the same */
-    CHECK_EQ(stat_of(v).file_count, 2);
+    CHECK_EQ(pv_vol_set_figures(v, &figures), PV_EINVAL);
+    CHECK_EQ(stat_of(v).file_count, 3);
     CHECK_EQ(read_code(v, 1, 0), PV_EDELETED);
     close_and_drop(v);
     drop_place(&p);
