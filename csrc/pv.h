@@ -575,43 +575,6 @@ PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd,
 PV_API int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index,
                        pv_errinfo *err) PV_WUR;
 
-/* ------------------------------------------------------------------ erasure coding (pv_ec.c) */
-
-#define PV_EC_MAX_SHARDS 32
-
-/* How a .dat of a volume is cut: large_rows rows of large blocks, then rows of small ones, block i of a row to shard i. */
-typedef struct pv_ec_layout {
-    uint32_t data_shards;
-    uint32_t parity_shards; /* both > 0, together at most PV_EC_MAX_SHARDS */
-    uint64_t large_block;
-    uint64_t small_block;
-    uint64_t large_rows;
-} pv_ec_layout;
-
-/* The code: (data + parity) rows of `data` coefficients; the first `data` are the identity. PV_EINVAL: no such ratio. */
-PV_API int pv_ec_matrix(uint32_t data, uint32_t parity, uint8_t *matrix, pv_errinfo *err) PV_WUR;
-/* Makes bytes [from, to) of all shards of a .dat, whose bytes behind dat_bytes count as zero, and writes them to
- * out_fds[shard] (< 0: not). crcs (may be NULL): crcs[shard] goes on over the bytes made. Takes 256 KiB for each shard.
- * Descriptors are borrowed; no state, so that threads may make different stretches at once. Not synced.
- * Errors: PV_EEOF (the .dat has become shorter), PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ec_encode(int dat_fd, uint64_t dat_bytes, const pv_ec_layout *layout, uint64_t from, uint64_t to,
-                        const int *out_fds, uint32_t *crcs, pv_errinfo *err) PV_WUR;
-/* Makes bytes [from, to) of each shard with out_fds[shard] >= 0 of the first `data` others with in_fds[shard] >= 0.
- * As pv_ec_encode otherwise. Errors: PV_ERANGE (a = shards there are, b = needed), PV_EEOF (d = the shard that is too
- * short), PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ec_rebuild(uint32_t data, uint32_t parity, const int *in_fds, const int *out_fds, uint64_t from,
-                         uint64_t to, uint32_t *crcs, pv_errinfo *err) PV_WUR;
-/* Makes len bytes of one shard of the same bytes of `data` others, whose ids ascend. No I/O. PV_EINVAL. */
-PV_API int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const uint8_t *const *pieces,
-                         size_t len, uint8_t wanted, uint8_t *out, pv_errinfo *err) PV_WUR;
-/* Writes the live rows of the first `rows` rows of an index by key, one for each key: what replaying the index leaves.
- * Takes 24 bytes of memory for each row, 48 if the index is not sorted. Errors: PV_EEOF, PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd, uint64_t *live, pv_errinfo *err) PV_WUR;
-/* Searches a sorted index. 1: *out is the row (its size may be negative), *index its number; 0: there is none. A file that
- * is not sorted gives one or the other. Errors: PV_EEOF, PV_EINVAL, PV_ESYS. */
-PV_API int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index,
-                       pv_errinfo *err) PV_WUR;
-
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http
  *
