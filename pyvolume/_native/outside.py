@@ -35,7 +35,7 @@ class MapFigures(NamedTuple):
 
 
 def set_figures(volume: engine.Volume, figures: MapFigures) -> None:
-    """What `stat` of a handle without a map tells from now on, and counts up from. NativeError: PV_ECLOSED, PV_EINVAL."""
+    """What `stat` of a handle without a map tells from now on, and counts up from. PV_ECLOSED, PV_EINVAL."""
     stats = _new(_T_STATS)
     for field, value in zip(MapFigures._fields, figures, strict=True):
         setattr(stats, field, value)

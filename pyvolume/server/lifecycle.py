@@ -46,6 +46,7 @@ MASTER_WAIT_S = 10.0
 SWITCH_INTERVAL_S = 0.0005
 """docs/decisions/0001-switch-interval.md."""
 DISK_CHECK_INTERVAL_S = 60.0
+MINUTES_PER_HOUR = 60
 PROGRESS_INTERVAL_S = 5.0
 LEAST_GRPC_GRACE_S = 1.0
 FORCED_STATUS = 1
@@ -252,13 +253,19 @@ class Process:
     # -- while serving --------------------------------------------------------------------------------------------
 
     def _periodic(self) -> None:
-        """Each minute: free space of all disks, and what follows from it."""
+        """Each minute: free space of all disks, and what follows from it; needle maps on disk, hourly idle ones."""
         assert self.context is not None
+        minutes = 0
         while not self._quit.wait(DISK_CHECK_INTERVAL_S):
+            minutes += 1
             try:
                 self.context.store.check_free_space()
             except Exception:  # the top of this thread; the next minute tries again
                 _log.exception("the check of free space failed")
+            try:
+                self.context.store.tend_maps(hour=minutes % MINUTES_PER_HOUR == 0)
+            except Exception:  # as above
+                _log.exception("tending the needle maps failed")
 
     def request_reload(self) -> None:
         """SIGHUP: reloads now, or once more when the reload that is running has ended."""

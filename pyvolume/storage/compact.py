@@ -1,8 +1,8 @@
 """Vacuum of a mounted volume: check, compact, commit, clean up (contract storage.md 17).
 
-May import _native, volume, files, disk_space and the leaves; not store. The copying is the engine's; here are the room
-check, the rate limit, the progress, the order of names and texts. A volume has one claim: a second Compact or Commit
-while one runs is answered with success and does nothing, as upstream answers it.
+May import _native, volume, mapped_volume, files, disk_space and the leaves; not store. The copying is the engine's;
+here are the room check, the rate limit, the progress, the order of names and texts. A volume has one claim: a second
+Compact or Commit while one runs is answered with success and does nothing, as upstream answers it.
 
 Between Compact and Commit the copy waits on `Volume.compaction`. Departures: V1 (needles with a ttl of their own stay
 until they expire), V2 (a commit that fails leaves the old files serving), V6. Upstream:
@@ -24,6 +24,7 @@ from pyvolume._native.compact import Compaction, CompactPaths, CompactStats
 from pyvolume.errors import NativeCode, StorageError, from_native, from_os_error
 from pyvolume.faults import fault
 from pyvolume.storage import files
+from pyvolume.storage.mapped_volume import MappedVolume, adopt_or_log
 from pyvolume.storage.superblock import SuperBlock
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
         stats = copy.stat()
         _tell_losses(volume, stats)
         _check_size(volume, stats)
+        if isinstance(volume.handle, MappedVolume):
+            volume.handle.prepare(paths.cpx, stats.new_idx_rows, block.compaction_revision)
     except engine.NativeError as exc:
         _give_up(copy, paths)
         raise from_native(exc.code, exc.info, vid=volume.vid, path=paths.cpd, operation="write") from exc
@@ -174,6 +177,11 @@ def _tell_losses(volume: Volume, stats: CompactStats) -> None:
         )
 
 
+def _drop_prepared(volume: Volume) -> None:
+    if isinstance(volume.handle, MappedVolume):
+        volume.handle.drop_prepared()
+
+
 def _give_up(copy: Compaction | None, paths: CompactPaths) -> None:
     if copy is not None:
         copy.close()
@@ -220,7 +228,9 @@ def _commit(volume: Volume, copy: Compaction) -> None:
     try:
         fault("compact.commit")
         unfinished = copy.commit()
+        adopt_or_log(volume.handle)
     except engine.NativeError as exc:
+        _drop_prepared(volume)
         _give_up(copy, paths)
         if exc.code == NativeCode.ESTALE:
             raise StorageError(
@@ -228,6 +238,7 @@ def _commit(volume: Volume, copy: Compaction) -> None:
             ) from exc
         raise from_native(exc.code, exc.info, vid=volume.vid, path=paths.cpd, operation="write") from exc
     except OSError as exc:
+        _drop_prepared(volume)
         _give_up(copy, paths)
         raise from_os_error(exc, "write", paths.cpd) from exc
     copy.close()
@@ -264,6 +275,7 @@ def discard(volume: Volume) -> None:
     copy, volume.compaction = volume.compaction, None
     if copy is not None:
         copy.close()
+    _drop_prepared(volume)
     paths = paths_of(volume)
     try:
         for path in (paths.cpd, paths.cpx, volume.idx_base_path + ".cpldb"):

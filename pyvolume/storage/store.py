@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
 from pyvolume._native import engine
@@ -61,6 +61,8 @@ class StoreConfig(Protocol):
     def server_id(self) -> str: ...
     @property
     def index_kind(self) -> str: ...
+    @property
+    def index_leveldb_timeout_h(self) -> int: ...
     @property
     def offset_bytes(self) -> int: ...
     @property
@@ -139,7 +141,10 @@ class Store:
         self._max_file_key = 0
         self.copy_room = copy.CopyRoom()
         self.options = LoadOptions(
-            offset_width=config.offset_bytes, repair=config.repair_on_load, index_kind=config.index_kind
+            offset_width=config.offset_bytes,
+            repair=config.repair_on_load,
+            index_kind=config.index_kind,
+            index_timeout_h=config.index_leveldb_timeout_h,
         )
         self.locations = [
             DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
@@ -161,6 +166,8 @@ class Store:
             self.check_free_space()
             counter = _Progress(progress) if progress is not None else None
             self._load_locations(at_startup=True, progress=counter)
+            for location in self.locations:  # upstream's timeout goes for volumes found at start, and new ones
+                location.options = replace(location.options, index_timeout_h=0)
             try:
                 self.state.load()
             except StorageError as exc:
@@ -296,7 +303,8 @@ class Store:
             served = self._by_vid.get(volume.vid)
             with contextlib.suppress(engine.NativeError):
                 self.registry.withdraw(volume.vid)
-            if served is not None and served.is_open and not served.is_remote:
+            # A map on disk cannot be asked without the interpreter's lock: such a volume is none for the fast lane.
+            if served is not None and served.is_open and not served.is_remote and not served.is_mapped:
                 try:
                     self.registry.publish(volume.vid, served.handle)
                 except engine.NativeError as exc:
@@ -587,6 +595,14 @@ class Store:
         return volume
 
     # ------------------------------------------------------------------------------------------------- disks, heartbeat
+
+    def tend_maps(self, *, hour: bool) -> None:
+        """Maps on disk: brings the databases up to date, each minute; once an hour closes idle ones. Blocks on disk."""
+        maps = self.options.maps
+        if maps is not None:
+            maps.flush_all()
+            if hour:
+                maps.tick_hour()
 
     def check_free_space(self) -> None:
         """Looks at every disk, all at once; to be called each minute. Waits half a second for a dead one."""

@@ -1,7 +1,7 @@
 """One mounted volume: its files, its state, and the operations on its needles.
 
-May import _native, the leaves, and the formats of storage (superblock, vif, files); not volume_load, disk_location,
-store.
+May import _native, the leaves, and the formats of storage (superblock, vif, files, needle_map); not volume_load,
+disk_location, store.
 
 The engine's handle owns descriptors, map, append offset and the order of appends; this class owns the handle's life
 and every policy decision. Needle operations take no Python lock. `_state_lock` guards the read-only flags, the .vif
@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from pyvolume._native import engine
@@ -42,6 +42,8 @@ from pyvolume.errors import (
     os_error_text,
 )
 from pyvolume.storage import ec_files, files, vif
+from pyvolume.storage.mapped_volume import MappedVolume
+from pyvolume.storage.needle_map import RocksMaps, rocks_path_of
 from pyvolume.storage.superblock import SUPER_BLOCK_SIZE, SuperBlock
 from pyvolume.types import ReplicaPlacement, Ttl, format_key_cookie, volume_base_name
 
@@ -68,7 +70,7 @@ CLAIM_LOG_INTERVAL_S: Final = 30.0
 
 VOLUME_FILE_EXTENSIONS: Final = ("dat", "idx", "vif", "sdx", "cpd", "cpx", "cpc", "ldb", "rdb", "note")
 """What deleting a volume removes beside both base names (contract storage.md 18), in this order."""
-_OWN_EXTENSIONS: Final = ("cpldb", "cpd.kept", "cpx.kept", "idx.tmp", "vif.tmp")
+_OWN_EXTENSIONS: Final = ("rocks", "cpldb", "cpd.kept", "cpx.kept", "idx.tmp", "vif.tmp")
 
 # For upstream's words on a blob with a negative size.
 _HEADER_AND_CHECKSUM: Final = 20
@@ -150,6 +152,9 @@ class HandleOptions:
     dat_readonly: bool = False
     idx_readonly: bool = False
     sorted_map: bool = False
+    maps: RocksMaps | None = None
+    """Where the map of a volume that may be written to lives; None: in the engine's memory."""
+    map_timeout_h: int = 0
 
     @property
     def any_readonly(self) -> bool:
@@ -159,6 +164,10 @@ class HandleOptions:
     def may_write(self) -> bool:
         """Whether this handle could ever take a write."""
         return not (self.any_readonly or self.sorted_map)
+
+    def for_writing(self) -> HandleOptions:
+        """The options of a handle on the same volume that may write."""
+        return HandleOptions(maps=self.maps, map_timeout_h=self.map_timeout_h)
 
 
 @dataclass
@@ -267,6 +276,11 @@ class Volume:
     @property
     def is_open(self) -> bool:
         return self._state == "open"
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the needle map lives outside of the engine, which then cannot look a key up by itself."""
+        return isinstance(self._handle, MappedVolume)
 
     def stat(self) -> engine.VolumeStat:
         """All counters at one moment; does not wait for appends. Works on a closed volume, too (the last figures)."""
@@ -444,7 +458,7 @@ class Volume:
                 path=self.dat_path,
             )
         try:
-            self._exchange_handle(HandleOptions(), self.idx_directory)
+            self._exchange_handle(self._options.for_writing(), self.idx_directory)
         except DiskError as exc:
             raise type(exc)(f"volume {self.vid} reopen idx for write: {exc}", exc.errno, path=exc.path) from exc
 
@@ -516,6 +530,7 @@ class Volume:
             files.move_file(new_base + ".idx", old_base + ".idx")
             raise StorageError(f"relocate index for volume {self.vid}: {exc}") from exc
         try:
+            files.remove_if_exists(rocks_path_of(old_base + ".idx"))
             if files.exists(old_base + ".sdx"):
                 files.move_file(old_base + ".sdx", new_base + ".sdx")
         except OSError as exc:
@@ -1001,10 +1016,13 @@ def open_handle(
 ) -> engine.Volume:
     """Opens, or creates, the two files in the engine. `read_only` is (no write, no delete) to begin with.
 
-    Raises DiskError with upstream's words for the file that failed, VolumeLoadError. Blocks on disk: the whole index is
-    read.
+    A map on disk that can be neither read nor made is held in memory instead; the log says so. Raises DiskError with
+    upstream's words for the file that failed, VolumeLoadError. Blocks on disk: the whole index is read.
     """
     flags = engine.OpenFlag(0)
+    maps = options.maps if options.may_write else None
+    if maps is not None:
+        flags |= engine.OpenFlag.NO_MAP
     if options.dat_readonly:
         flags |= engine.OpenFlag.DAT_READONLY
     if options.idx_readonly:
@@ -1018,7 +1036,7 @@ def open_handle(
     if create is not None:
         flags |= engine.OpenFlag.CREATE
     try:
-        return engine.Volume.open(
+        handle = (engine.Volume if maps is None else MappedVolume).open(
             dat_path,
             idx_path,
             vid=vid,
@@ -1029,6 +1047,24 @@ def open_handle(
             preallocate_bytes=preallocate_bytes,
             last_append_at_ns=last_append_at_ns,
             sdx_path=sdx_path_of(idx_path) if options.sorted_map else None,
+        )
+        if maps is None or not isinstance(handle, MappedVolume):
+            return handle
+        try:
+            handle.attach(maps, idx_path, width=offset_width, timeout_h=options.map_timeout_h)
+            return handle
+        except StorageError as exc:
+            log.error("%s; the map of volume %d is held in memory instead", exc, vid)
+            engine.Volume.close(handle)
+        return open_handle(
+            dat_path,
+            idx_path,
+            vid=vid,
+            options=replace(options, maps=None),
+            offset_width=offset_width,
+            ttl=ttl,
+            last_append_at_ns=last_append_at_ns,
+            read_only=read_only,
         )
     except engine.NativeError as exc:
         number = exc.info.sys_errno

@@ -1,8 +1,9 @@
 """From files to a mounted volume: what is checked, what is repaired, what is refused.
 
-May import volume, index_files, vif, superblock, files, _native and the leaves; not disk_location or store. One broken
-volume never harms another: everything ends in a Volume or in an exception that names the file. Steps and words follow
-`weed/storage/volume_loading.go` and `volume_checking.go` (contract storage.md 11); departures L1-L5, L8, L9.
+May import volume, needle_map, index_files, vif, superblock, files, _native and the leaves; not disk_location or store.
+One broken volume never harms another: everything ends in a Volume or in an exception that names the file. Steps and
+words follow `weed/storage/volume_loading.go` and `volume_checking.go` (contract storage.md 11); departures L1-L5, L8,
+L9.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pyvolume._native import engine
 from pyvolume._native.engine import TailVerdict
 from pyvolume.errors import DiskError, StorageError, VolumeLoadError, from_native, from_os_error, os_error_text
 from pyvolume.faults import fault
-from pyvolume.storage import files, index_files, vif
+from pyvolume.storage import files, index_files, needle_map, vif
+from pyvolume.storage.needle_map import RocksMaps
 from pyvolume.storage.superblock import CURRENT_VERSION, SUPER_BLOCK_SIZE, SUPPORTED_VERSIONS, SuperBlock
 from pyvolume.storage.volume import HandleOptions, Volume, open_handle, sdx_path_of
 from pyvolume.types import ReplicaPlacement, Ttl, volume_base_name
@@ -31,13 +33,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How volumes of a server are loaded and made. Every `index_kind` of upstream is served by the engine's map."""
+    """How volumes of a server are loaded and made."""
 
     offset_width: int = 4
     """Bytes of stored offsets of new volumes, and of old ones that do not say."""
     repair: bool = True
     """False: files are left as they are found, and what upstream would not write to is read-only."""
     index_kind: str = "memory"
+    index_timeout_h: int = 0
+    """Hours after which the map on disk of a volume nobody uses is closed; 0: never."""
+    maps: RocksMaps | None = None
+    """Where maps of kinds other than memory live; made here if it is not given."""
+
+    def __post_init__(self) -> None:
+        if self.maps is None:
+            object.__setattr__(self, "maps", needle_map.for_kind(self.index_kind))
 
 
 @dataclass
@@ -111,7 +121,10 @@ def load_volume(
     low = location is not None and location.is_low
     # a volume that takes no writes is looked up in its sorted file, as upstream does
     handle_options = HandleOptions(
-        dat_readonly=not found.dat.can_write, sorted_map=no_write_or_delete or no_write_can_delete
+        dat_readonly=not found.dat.can_write,
+        sorted_map=no_write_or_delete or no_write_can_delete,
+        maps=options.maps,
+        map_timeout_h=options.index_timeout_h,
     )
     refuse = (no_write_or_delete or no_write_can_delete or low, no_write_or_delete)
     handle = _open_checked(found, handle_options, block, refuse)
@@ -178,13 +191,14 @@ def create_volume(
     info = known.info
     width = info.bytes_offset or options.offset_width
     block = SuperBlock(CURRENT_VERSION, replica_placement, ttl)
+    handle_options = HandleOptions(maps=options.maps, map_timeout_h=options.index_timeout_h)
     try:
         fault("create.open")
         handle = open_handle(
             dat_path,
             idx_path,
             vid=vid,
-            options=HandleOptions(),
+            options=handle_options,
             offset_width=width,
             ttl=ttl,
             create=block,
@@ -212,7 +226,7 @@ def create_volume(
         ttl=ttl,
         replica_placement=replica_placement,
         info=info,
-        options=HandleOptions(),
+        options=handle_options,
         no_write_or_delete=info.read_only and not info.read_only_can_delete,
         no_write_can_delete=info.read_only and info.read_only_can_delete,
         dat_mtime_s=files.check_file(dat_path).mtime_s,

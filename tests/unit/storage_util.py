@@ -31,6 +31,7 @@ class Config:
     port: int = 8080
     server_id: str = "127.0.0.1:8080"
     index_kind: str = "memory"
+    index_leveldb_timeout_h: int = 0
     offset_bytes: int = 4
     repair_on_load: bool = True
 
