@@ -575,6 +575,78 @@ PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd,
 PV_API int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index,
                        pv_errinfo *err) PV_WUR;
 
+/* ------------------------------------------------------------------ scrub (pv_scrub.c) */
+
+/* One look through a volume's index and, if asked for, all records that it names: what the contract calls INDEX and FULL
+ * (storage.md 24). Driven by one thread at a time: begin, step until 0, drain the findings after each step, free. Holds
+ * descriptors of its own and no lock, so the volume may be written to, vacuumed or closed meanwhile. What was appended
+ * after begin is not looked at. Records are read in the order of their offsets in large pieces. An index whose rows do
+ * not stand in that order is held in memory, 24 bytes a row, until the end; any other is streamed. */
+typedef struct pv_scrub pv_scrub;
+
+enum pv_scrub_flag {
+    PV_SCRUB_INDEX_ONLY = 1, /* do not read records */
+    PV_SCRUB_CHECK_ID = 2,   /* a record's id must be its row's key (upstream does not look) */
+    PV_SCRUB_ANY_INDEX = 4   /* idx_fd need not be the file that the volume appends to */
+};
+
+typedef struct pv_scrub_opts {
+    pv_vol *vol;    /* borrows for the call; NULL: dat_fd, width and version say what to look at */
+    int32_t dat_fd; /* borrows for the call */
+    int32_t idx_fd; /* borrows for the call */
+    uint8_t width;
+    uint8_t version;
+    uint16_t reserved;
+    uint32_t flags;
+    uint64_t resume_offset; /* records before it are not read again: `position` of an earlier scrub of this file */
+} pv_scrub_opts;
+
+enum pv_scrub_kind {
+    PV_SCRUB_OVERLAP = 1, /* row begins at or before other_end, where the record of other_key ends */
+    PV_SCRUB_RECORD = 2   /* the record cannot be read: error tells why */
+};
+
+typedef struct pv_scrub_finding {
+    uint64_t row; /* number in the index, from 0 */
+    uint64_t key;
+    uint64_t offset;
+    uint64_t end; /* last byte, as upstream counts: a tombstone's row has the length that its size -1 gives */
+    uint64_t other_key;
+    uint64_t other_offset;
+    uint64_t other_end;
+    int32_t kind;
+    int32_t size;
+    pv_errinfo error;
+} pv_scrub_finding;
+
+typedef struct pv_scrub_stats {
+    uint64_t idx_bytes;      /* length of the index */
+    uint64_t rows;           /* whole rows in it */
+    uint64_t dat_bytes;      /* length of the data that the rows are about */
+    uint64_t expected_bytes; /* what the rows add up to, with 8 for a super block; known once all rows were seen */
+    uint64_t position;       /* all records before this offset were read */
+    uint64_t done_rows;      /* steps of the work: done_rows of total_rows */
+    uint64_t total_rows;
+    uint64_t checked_records;
+    uint64_t bad_records;
+    uint64_t read_bytes; /* from both files */
+    uint32_t revision;   /* compaction revision of the volume; 0 without one */
+    uint8_t in_order;    /* rows stand in the order of their records */
+    uint8_t reserved[3];
+} pv_scrub_stats;
+
+/* Takes the lengths of both files at one moment between two appends. Gives *out: free with pv_scrub_free.
+ * Errors: PV_ECLOSED; PV_ESTALE (idx_fd is not the volume's index: it was vacuumed since, or somebody replaced the file);
+ * PV_ERANGE (more than 2^32 - 1 rows); PV_EVERSION, PV_EINVAL, PV_ENOMEM, PV_ESYS. */
+PV_API int pv_scrub_begin(const pv_scrub_opts *opts, pv_scrub **out, pv_errinfo *err) PV_WUR;
+/* Reads about max_bytes (at least one record or one batch of rows). 1: there is more, 0: all was looked at. A record that
+ * cannot be read is a finding; errors (PV_ESYS of the index, PV_ENOMEM) end the scrub. */
+PV_API int pv_scrub_step(pv_scrub *s, uint64_t max_bytes, pv_errinfo *err) PV_WUR;
+/* Moves up to max findings out, in the order met; returns the count. A step ends early while many wait here. */
+PV_API int pv_scrub_findings(pv_scrub *s, pv_scrub_finding *out, size_t max) PV_WUR;
+PV_API void pv_scrub_stat(const pv_scrub *s, pv_scrub_stats *out);
+PV_API void pv_scrub_free(pv_scrub *s);
+
 /* ------------------------------------------------------------------ HTTP semantics (pv_http.c) */
 /* BEGIN pv_http
  *
