@@ -590,8 +590,8 @@ class Volume:
     ) -> Self:
         """Opens or creates (OpenFlag.CREATE with `superblock`) both files and loads the map.
 
-        `version` 0: the super block's. NativeError: PV_ESYS (info.d: 0 .dat, 1 .idx, 2 sdx_path), PV_EEOF (no whole super block),
-        PV_EVERSION, PV_EALIGN (ragged .idx), PV_ENOMEM, PV_EINVAL.
+        `version` 0: the super block's. NativeError: PV_ESYS (info.d: 0 .dat, 1 .idx, 2 sdx_path), PV_EEOF (no whole
+        super block), PV_EVERSION, PV_EALIGN (ragged .idx), PV_ENOMEM, PV_EINVAL.
         """
         opts, out, err = _new("pv_vol_opts *"), _new("pv_vol **"), _new(_T_ERR)
         opts.dat_path = dat_c = _c_path(dat_path)
