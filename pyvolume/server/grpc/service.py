@@ -18,7 +18,7 @@ import grpc
 
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
-from pyvolume.server.grpc import copy, needles, query, server_info, sync, tail, vacuum, volumes, wire
+from pyvolume.server.grpc import copy, needles, query, scrub, server_info, sync, tail, vacuum, volumes, wire
 from pyvolume.server.grpc import reflection as reflection_module
 from pyvolume.server.grpc.calls import Call, Gates, Handler, request_id_of
 from pyvolume.server.grpc.methods import LIMITS, RPCS, Kind, Rpc
@@ -47,6 +47,7 @@ HANDLERS: dict[str, Handler] = {
     **copy.HANDLERS,
     **tail.HANDLERS,
     **query.HANDLERS,
+    **scrub.HANDLERS,
 }
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
