@@ -210,8 +210,8 @@ class Assembler:
         length = engine.needle_record_len(size, version)
         if size < 0 or length > MAX_RECORD_BYTES:
             raise StorageError(f"needle of size {size} is refused")
-        if len(self._body) + len(body) > length:
-            raise StorageError(f"needle of size {size} with a body of more than {len(self._body)} bytes")
+        if max(HEADER_BYTES, len(self._body)) + len(body) > length:
+            raise StorageError(f"needle of size {size} with a record of more than {length} bytes")
         if is_last and not self._body:
             record = b"".join((self._header, body))
         else:
@@ -229,7 +229,7 @@ class Assembler:
 
 
 def apply(volume: Volume, needle: engine.Needle) -> None:
-    """Writes a needle that was appended elsewhere, without a look at cookies.
+    """Writes a needle that was appended elsewhere. Another cookie than the one here is refused, as upstream does.
 
     Departure V4: an empty record for a key that is live with data is applied as the delete it is. One that has the
     checksum of some data, for a key that is not live, is a delete of what is not here: nothing is written. Else it is
