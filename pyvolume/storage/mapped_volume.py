@@ -18,6 +18,7 @@ from typing import Final
 
 from pyvolume._native import engine, outside
 from pyvolume._native.engine import Buffer, Entry, IdxRow, Needle, WriteResult
+from pyvolume._native.outside import MapFigures
 from pyvolume.errors import NativeCode, StorageError
 from pyvolume.storage.needle_map import RocksMap, RocksMaps, Value, rocks_path_of
 
@@ -224,23 +225,31 @@ class MappedVolume(engine.Volume):
     def adopt(self) -> None:
         """The engine has gone over to the vacuum's files: so does the map. Calls that wait for it go on.
 
-        Raises StorageError if the new map cannot be brought up to date; it is in use all the same, and the next look-up
-        tries to make it anew.
+        Raises StorageError if the new map can neither be brought up to date nor made anew; it is in use all the same,
+        and each look-up tries to open it.
         """
         fresh, self._next = self._next, None
         stale = self._map
         try:
             if fresh is None:
-                rows, revision = self._settled()
-                fresh = self._new_map(self._idx_path, revision)
-                fresh.build(rows)
-            outside.set_figures(self, fresh.catch_up())
+                fresh = self._new_map(self._idx_path, self._settled()[1])
+            outside.set_figures(self, self._up_to_date(fresh))
         finally:
             if fresh is not None:
                 with self._changed:
                     self._map = fresh
                     self._changed.notify_all()
                 stale.discard()
+
+    def _up_to_date(self, fresh: RocksMap) -> MapFigures:
+        if fresh.is_loaded:
+            try:
+                return fresh.catch_up()
+            except StorageError as exc:
+                log.warning("volume %d: the needle map made by the vacuum is made anew: %s", self.vid, exc)
+        rows, _ = self._settled()
+        fresh.build(rows)
+        return fresh.figures
 
 
 def _native_error(code: NativeCode) -> engine.NativeError:
