@@ -175,6 +175,8 @@ typedef struct pv_idx_summary {
     uint64_t past_end;          /* live rows that end behind dat_size */
     uint64_t first_past_end_key;
     uint64_t max_valid_end; /* largest offset + record length over rows with size >= 0 */
+    uint64_t blank_rows;    /* rows of zeros, which nobody writes: what a power cut leaves of rows that were lost */
+    uint64_t first_blank_row;
 } pv_idx_summary;
 PV_API int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat_size, pv_idx_summary *out,
                             pv_errinfo *err) PV_WUR;
@@ -489,6 +491,14 @@ PV_API int pv_compact_commit(pv_compact *c, const pv_compact_names *names, pv_er
 PV_API void pv_compact_stat(const pv_compact *c, pv_compact_stats *out);
 PV_API void pv_compact_free(pv_compact *c);
 
+/* ------------------------------------------------------------------ packing (pv_gzip.c) */
+
+/* in as a gzip stream, byte for byte what upstream's fast level makes of it, into out. PV_EBUFFER: it has more than cap bytes
+ * (*out_len then tells nothing): ask with cap = what would be worth keeping. PV_EINVAL: 4 GiB or more. PV_ENOMEM. Takes 700 KiB
+ * for the length of the call. */
+PV_API int pv_gzip_fast(const uint8_t *in, size_t len, uint8_t *out, size_t cap, size_t *out_len,
+                        pv_errinfo *err) PV_WUR;
+
 /* ------------------------------------------------------------------ registry (pv_reg.c) */
 
 /* vid -> volume handle, for lanes that must not ask Python. The registry holds a reference of its own. */
@@ -569,7 +579,8 @@ PV_API int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present,
                          size_t len, uint8_t wanted, uint8_t *out, pv_errinfo *err) PV_WUR;
 /* Writes the live rows of the first `rows` rows of an index by key, one for each key: what replaying the index leaves.
  * Takes 24 bytes of memory for each row, 48 if the index is not sorted. Errors: PV_EEOF, PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd, uint64_t *live, pv_errinfo *err) PV_WUR;
+PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd, uint64_t *live,
+                           pv_errinfo *err) PV_WUR;
 /* Searches a sorted index. 1: *out is the row (its size may be negative), *index its number; 0: there is none. A file that
  * is not sorted gives one or the other. Errors: PV_EEOF, PV_EINVAL, PV_ESYS. */
 PV_API int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index,

@@ -1,4 +1,4 @@
-"""Gzip by ISA-L: what uploads are packed with and reads are unpacked with. Must not import storage or server.
+"""Gzip: the engine packs uploads, ISA-L unpacks for readers. Must not import storage or server.
 
 Unpacked data never has to fit into memory: small results are bytes, large ones are walked once for their length and
 then streamed. The walk is bounded, since 256 MiB of gzip can stand for a quarter of a terabyte.
@@ -6,24 +6,20 @@ then streamed. The walk is bounded, since 256 MiB of gzip can stand for a quarte
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import cast
 
 from isal import igzip_lib
 
+from pyvolume._native.gzip import gzip_fast
 from pyvolume.errors import PyvolumeError
 
 Buffer = bytes | bytearray | memoryview
 
-COMPRESSION_LEVEL = 1  # ISA-L's second fastest: about the ratio of Go's level 1
-SMALL_BYTES = 128
-GO_TRAILER_BYTES = 5
 IN_MEMORY_BYTES = 16 << 20
 MAX_PLAIN_BYTES = 16 << 30
 _FEED_BYTES = 64 << 10
 _PIECE_BYTES = 256 << 10
-_GZIP_WINDOW = 31  # zlib's wbits for a gzip wrapper
 _MAGIC = b"\x1f\x8b"
 _Error = cast("type[Exception]", igzip_lib.IsalError)  # the package's stub declares an instance
 
@@ -41,22 +37,13 @@ def is_gzip(data: Buffer) -> bool:
     return bytes(data[:2]) == _MAGIC
 
 
-def compress(data: Buffer) -> bytes:
-    """One gzip member, without name or time. Runs without the interpreter's lock.
+def pack(data: Buffer) -> bytes | None:
+    """One gzip member, without name or time, or None where it would save a tenth or less: then upstream keeps the data.
 
-    Small data is coded without looking for repeats, as Go's level 1 does: whether packing pays comes out alike then.
+    The bytes are those that upstream's encoder makes, so ETags and checksums of packed needles agree between servers.
+    Runs without the interpreter's lock.
     """
-    if len(data) < SMALL_BYTES:
-        packer = zlib.compressobj(1, zlib.DEFLATED, _GZIP_WINDOW, strategy=zlib.Z_HUFFMAN_ONLY)
-        return packer.compress(data) + packer.flush()
-    packed: bytes = igzip_lib.compress(data, COMPRESSION_LEVEL, igzip_lib.COMP_GZIP)
-    return packed
-
-
-def pays(packed_size: int, size: int) -> bool:
-    """Whether upstream would keep the packed form: it saves more than a tenth, the empty last block that Go's encoder
-    writes counted in."""
-    return (packed_size + GO_TRAILER_BYTES) * 10 < size * 9
+    return gzip_fast(data, (len(data) * 9 - 1) // 10)
 
 
 def pieces(data: Buffer) -> Iterator[bytes]:

@@ -165,8 +165,8 @@ def parse(ops: Ops, request: Request, parameters: Query, body: Buffer) -> Upload
     if found.is_gzipped:
         size, plain = _measure(data, wanted=bool(found.md5))
     elif request.query.get(b"type") != b"replicate" and native.should_compress(found.name, found.mime, data):
-        packed = gz.compress(data)
-        if gz.pays(len(packed), len(data)):
+        packed = gz.pack(data)
+        if packed is not None:
             data, compressed = packed, True
     md5 = _checked_md5(found.md5, plain) if found.md5 else b""
     needle = NeedleIn(0, 0, data)
@@ -266,6 +266,7 @@ def _store(ops: Ops, request: Request, parameters: Query, upload: Upload) -> Res
 def _write_here(ops: Ops, volume: Volume, needle: NeedleIn, fsync: bool) -> tuple[bool, int]:
     """(unchanged, checksum). Raises StorageError with upstream's prefix."""
     started = time.monotonic()
+    ops.events.local_write_begins()
     try:
         result = volume.write_needle(needle, check_cookie=True, fsync=fsync)
     except StorageError as exc:
