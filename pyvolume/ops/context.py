@@ -81,8 +81,20 @@ class Events:
     def in_flight_ended(self, method: str) -> None:
         """The counterpart of request_begins."""
 
+    def downloads_seen(self, in_flight_bytes: int) -> None:
+        """What was on its way out when a read came, or while it waits. Upstream samples it only then."""
+
+    def uploads_seen(self, in_flight_bytes: int) -> None:
+        """The same for uploads, if there is a limit on them and for others than those of servers."""
+
+    def local_write_begins(self) -> None:
+        """The counterpart of local_write."""
+
     def local_write(self, seconds: float) -> None:
         """A needle was written (or refused) by the local volume."""
+
+    def replica_writes_begin(self) -> None:
+        """The counterpart of replica_writes."""
 
     def replica_writes(self, seconds: float) -> None:
         """A write was forwarded to all replicas."""
@@ -98,6 +110,12 @@ class Events:
 
     def upload_error(self, status: int) -> None:
         """A peer refused a replica write; 0 = no answer."""
+
+    def rpc_ended(self, name: str, request: Any, response: Any, ok: bool, seconds: float) -> None:
+        """A gRPC call that had passed its gates ended. response is None for streams and failed calls."""
+
+    def ec_rebuilt(self, ok: bool, seconds: float) -> None:
+        """A rebuild of shards that found an index and shards here ended, whether or not any was missing."""
 
 
 class Helpers:

@@ -74,6 +74,7 @@ class ReplicaWrite:
 def write(ops: Ops, vid: int, locations: Sequence[Location], needle: ReplicaWrite) -> None:
     """Sends the needle to all locations at once. Raises ReplicationError at the first failure."""
     started = time.monotonic()
+    ops.events.replica_writes_begin()
     try:
         _fan_out(ops, vid, locations, lambda location, cancel: _write_to(ops, location, needle, cancel), "write")
     except ReplicationError as exc:

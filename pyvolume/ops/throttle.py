@@ -56,6 +56,9 @@ class _Queue:
             self._waiting.popleft()
         return bool(self._waiting)
 
+    def __len__(self) -> int:
+        return sum(not waiter.left for waiter in self._waiting)
+
     def add(self, waiter: Waiter) -> None:
         self._waiting.append(waiter)
 
@@ -81,6 +84,12 @@ class ByteGate:
     def in_flight(self) -> int:
         """Bytes of admitted requests that have not ended."""
         return self._in_flight
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room, with and without a thread."""
+        with self._changed:
+            return self._blocked + len(self._queue)
 
     def over_limit(self) -> bool:
         """True if a new request would have to wait."""
@@ -172,6 +181,12 @@ class Slots:
     @property
     def taken(self) -> int:
         return self._taken
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        with self._lock:
+            return len(self._queue)
 
     def take(self, waiter: Waiter) -> bool:
         """Takes a slot (True), or queues the waiter, whose `admit` is called when it has one."""

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pyvolume.ops.context import Events
+
 if TYPE_CHECKING:
     from pyvolume.config import ServerConfig
     from pyvolume.security_config import SecurityConfig

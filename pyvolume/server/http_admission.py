@@ -101,6 +101,8 @@ class AdminAdmission:
         _limit_body(ops, head)
         exempt = b"type=replicate" in head.query and Query(head.query).get(b"type") == b"replicate"
         count = head.content_length or 0
+        if ops.uploads.limit_bytes and not exempt:
+            ops.events.uploads_seen(ops.uploads.in_flight)
         if ops.uploads.enter(count, exempt=exempt):
             return self._counted(head, url, count, None)
         ops.events.handler("uploadLimitCondition")
@@ -148,6 +150,7 @@ class AdminAdmission:
         """Lets a read in, or holds it while too many bytes are on their way out. Who may go to a replica instead is
         left to the worker, as is a read that is answered without the volume."""
         ops = self._ops
+        ops.events.downloads_seen(ops.downloads.in_flight)
         if not ops.downloads.over_limit():
             head.environ[ADMITTED_KEY] = True
             try:

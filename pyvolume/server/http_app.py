@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from html import escape
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qs, unquote_to_bytes
 
 from waitress.channel import ClientDisconnected
 from werkzeug.exceptions import HTTPException
@@ -46,7 +46,7 @@ from pyvolume.ops.message import (
 from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
-from pyvolume.server import http_pages
+from pyvolume.server import http_pages, profiling
 from pyvolume.server.address import join_host_port, with_grpc_port
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
@@ -71,6 +71,7 @@ _ADMIN_METHODS = "PUT, POST, GET, DELETE, OPTIONS"
 _PUBLIC_METHODS = "GET, OPTIONS"
 _STATIC = http_pages.STATIC_PREFIX.encode()
 
+_PROFILES = b"/debug/pprof/"
 StartResponse = Callable[..., Any]
 
 
@@ -111,7 +112,7 @@ def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
         uploads=ByteGate(config.upload_limit_bytes, config.upload_wait_s, MAX_BLOCKED),
         downloads=ByteGate(config.download_limit_bytes, config.download_wait_s, MAX_BLOCKED),
         guard=Guard(lambda: context.security),
-        events=events if events is not None else Events(),
+        events=events if events is not None else context.events,
         self_url=join_host_port(config.ip, config.port),
     )
     ops.fetch_self = lambda request: _SelfFetched(read.get(ops, request))
@@ -174,6 +175,7 @@ class App:
                 rules.append(Rule("/ui/index.html", endpoint="ui"))
         self._routes = Map(rules, strict_slashes=True, merge_slashes=False)
 
+        self._profiles = context.config.pprof and not public
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[Buffer]:
         head: RequestHead = environ["pyvolume.head"]
         path, method = head.path, environ["REQUEST_METHOD"]
@@ -191,6 +193,8 @@ class App:
             clean = http_pages.STATIC_PREFIX
         if clean is not None:
             return _redirect_to_clean(start_response, method, clean, head.query)
+        elif path == _PROFILES[:-1] and self._profiles:
+            clean = _PROFILES.decode()
         if self.is_page(path):
             return self._page(environ, start_response, path, head.query)
         return self._needle(environ, start_response, head, url)
@@ -299,6 +303,8 @@ class App:
             return "static", clean_path(unquote_to_bytes(path[len(_STATIC) :]).decode("latin-1"))[1:]
         if b"//" in path or b"%2f" in path.lower():
             return None  # no empty elements here, and an escaped slash separates nothing
+        if self._profiles and path.startswith(_PROFILES):
+            return "pprof", unquote_to_bytes(path).decode("latin-1")
         try:
             endpoint, _ = self._routes.bind("", "/").match(unquote_to_bytes(path).decode())
         except (HTTPException, UnicodeDecodeError):
@@ -316,6 +322,11 @@ class App:
             return http_pages.static_file(name, environ)(environ, start_response)
         headers = [("Server", self._server), ("X-Amz-Request-Id", new_request_id())]
         if endpoint == "health":
+        if endpoint == "pprof":
+            values = parse_qs(query.decode("latin-1"))
+            found = profiling.debug_page(name, {key: texts[-1] for key, texts in values.items()})
+            assert found is not None
+            return _framed(start_response, Response(found.status, found.headers, found.body))
             return _framed(start_response, self._health(headers))
         if endpoint == "ui":
             headers.append(("Content-Type", "text/html; charset=utf-8"))
@@ -340,12 +351,13 @@ class App:
 class HttpServer:
     """One listener: its socket is bound when this is made, it serves while `run` runs."""
 
-    def __init__(self, server: VolumeHTTPServer, ops: Ops, close: Callable[[], None]) -> None:
+    def __init__(self, server: VolumeHTTPServer, ops: Ops, slots: Slots, close: Callable[[], None]) -> None:
         self._server = server
         self._close = close
         self.ops = ops
 
     @property
+        self.slots = slots
     def port(self) -> int:
         return self._server.port
 
@@ -422,7 +434,7 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
         _forget(context, parts)
         raise
     admission.bind(server)
-    return HttpServer(server, parts.ops, lambda: _forget(context, parts))
+    return HttpServer(server, parts.ops, parts.slots, lambda: _forget(context, parts))
 
 
 def make_admin_server(context: ServerContext) -> HttpServer:

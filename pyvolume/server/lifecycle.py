@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pyvolume.server.grpc.service import GrpcServer
     from pyvolume.server.http_app import HttpServer
     from pyvolume.server.master_client import MasterClient, MasterConfiguration
+    from pyvolume.server.metrics import ServerMetrics
+    from pyvolume.server.profiling import FileProfiles
     from pyvolume.storage.store import Store
 
 _log = logging.getLogger(__name__)
@@ -133,6 +135,8 @@ class Process:
         self._grpc: GrpcServer | None = None
         self._public: HttpServer | None = None
         self._admin: HttpServer | None = None
+        self._metrics: ServerMetrics | None = None
+        self._profiles: FileProfiles | None = None
         self.context: ServerContext | None = None
 
     # -- start ----------------------------------------------------------------------------------------------------
@@ -145,14 +149,26 @@ class Process:
             _log.info("detected volume server ip address: %s", config.ip)
         from pyvolume.server.heartbeat import Heartbeat
         from pyvolume.server.master_client import MasterClient
+        from pyvolume.server.metrics import ServerMetrics
 
+        self._metrics = metrics = ServerMetrics(config)
+        self._start_observers(config, metrics)
         master = MasterClient(config)
         answer = self._ask_master(master)
         store = self._load_store(config)
         awaiting = answer is None and bool(master.seeds)
-        context = ServerContext(config=config, security=security, store=store, master=master, awaiting_master=awaiting)
+        metrics.watch_store(store)
+        context = ServerContext(
+            config=config,
+            security=security,
+            store=store,
+            master=master,
+            events=metrics,
+            awaiting_master=awaiting,
+        )
         self.context = context
         context.heartbeat = Heartbeat(context, store, config)
+        metrics.watch_heartbeat(context.heartbeat)
         if answer is not None:
             self._apply_master(answer)
         _warn_open_calls(config, security)
@@ -166,6 +182,12 @@ class Process:
         for server, name in ((self._public, "http-public"), (self._admin, "http-admin")):
             if server is not None:
                 threading.Thread(target=server.run, name=name, daemon=True).start()
+        metrics.watch_grpc(self._grpc)
+        metrics.watch_http("admin", self._admin.server)
+        metrics.watch_ops(self._admin.ops, self._admin.slots)
+        if self._public is not None:
+            metrics.watch_http("public", self._public.server)
+        threading.Thread(target=metrics.history.run, args=(self._quit,), name="metrics-history", daemon=True).start()
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
         notify_service_manager("READY=1", self._environ)
         return Note("started")
@@ -186,6 +208,30 @@ class Process:
             _log.warning("volume.disk.io.probe is accepted but does nothing yet: disks are watched by statfs only")
         return security
 
+    def _start_observers(self, config: ServerConfig, metrics: ServerMetrics) -> None:
+        """Profiles and the listeners beside the service, which answer before any master does."""
+        from pyvolume.server.profiling import FileProfiles
+        from pyvolume.server.side_http import SideServer, side_pages
+
+        if config.debug:
+            _log.info("Starting debug server for pprof at http://127.0.0.1:%d/debug/pprof/", config.debug_port)
+            pages = side_pages(metrics.registry if config.metrics_port else None)
+            reason = bind_refusal("127.0.0.1", config.debug_port)
+            if reason is not None:
+                _log.error("debug server failed: %s", reason)
+            else:
+                SideServer("127.0.0.1", config.debug_port, pages, "http-debug").start()
+        if not config.pprof and (config.cpu_profile or config.mem_profile):
+            try:
+                self._profiles = FileProfiles(config.cpu_profile, config.mem_profile)
+            except OSError as exc:
+                log.fatal("open %s: %s", exc.filename, error_text(exc))
+        if config.metrics_port:
+            refusal = bind_refusal(config.metrics_ip, config.metrics_port)
+            if refusal is not None:
+                log.fatal("%s", refusal)
+            SideServer(config.metrics_ip, config.metrics_port, side_pages(metrics.registry), "http-metrics").start()
+
     def _ask_master(self, master: MasterClient) -> MasterConfiguration | None:
         if not master.seeds:
             return None  # nobody to wait for; the heartbeat says so
@@ -203,7 +249,16 @@ class Process:
                 "storage backend %s.%s of the master is not used: tiering comes later", backend.type, backend.id
             )
         if answer.metrics_address and answer.metrics_interval_s:
-            _log.warning("metrics are not pushed to %s: there are no metrics yet", answer.metrics_address)
+            self._start_pushing(answer.metrics_address, answer.metrics_interval_s)
+
+    def _start_pushing(self, address: str, interval_s: int) -> None:
+        from pyvolume.server.side_http import Pusher
+
+        assert self._metrics is not None and self.context is not None
+        config = self.context.config
+        _log.info("volumeServer server sends metrics to %s every %d seconds", address, interval_s)
+        pusher = Pusher(self._metrics.registry, address, interval_s, join_host_port(config.ip, config.port))
+        threading.Thread(target=pusher.run, args=(self._quit,), name="metrics-push", daemon=True).start()
 
     def _load_store(self, config: ServerConfig) -> Store:
         from pyvolume.storage.store import Store
@@ -330,6 +385,8 @@ class Process:
         _log.info("Shutting down volume server...")
         _guarded("closing volumes", context.store.close)
         _guarded("closing connections to masters", context.master.close)
+        if self._profiles is not None:
+            _guarded("writing profiles", self._profiles.finish)
         _log.info("Shut down successfully!")
         return Note("stopped")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -122,6 +122,10 @@ class _Running:
             self._count -= 1
             self._changed.notify_all()
 
+    @property
+    def count(self) -> int:
+        return self._count
+
     def wait_until_none(self, timeout_s: float) -> bool:
         """True once no call runs; False when timeout_s is over first."""
         with self._changed:
@@ -169,16 +173,21 @@ class _Dispatcher:
             request_id = request_id_of(context)
             if is_unary:
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-            held = False
+            held, started, response = False, 0.0, None
             try:
                 self._gates.pass_gates(rpc, context)
                 held = self.budgets.take(rpc.kind)
-                return _implemented(rpc, handler)(Call(self._server, rpc, request_id, context), request)
+                started = time.monotonic()
+                response = _implemented(rpc, handler)(Call(self._server, rpc, request_id, context), request)
+                return response
             except Exception as exc:
                 failure: Exception = exc
             finally:
                 if held:
                     self.budgets.give(rpc.kind)
+                if started:
+                    seconds = time.monotonic() - started
+                    self._server.events.rpc_ended(rpc.name, request, response, response is not None, seconds)
             _abort(rpc, request_id, context, failure)
 
         return serve
@@ -187,17 +196,21 @@ class _Dispatcher:
         def serve(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             self.running.enter(context)
             request_id = request_id_of(context)
-            held = False
+            held, started, ok = False, 0.0, False
             try:
                 self._gates.pass_gates(rpc, context)
                 held = self.budgets.take(rpc.kind)
+                started = time.monotonic()
                 yield from _implemented(rpc, handler)(Call(self._server, rpc, request_id, context), request)
+                ok = True
                 return
             except Exception as exc:
                 failure: Exception = exc
             finally:
                 if held:
                     self.budgets.give(rpc.kind)
+                if started:
+                    self._server.events.rpc_ended(rpc.name, request, None, ok, time.monotonic() - started)
             _abort(rpc, request_id, context, failure)
 
         return serve
@@ -253,6 +266,11 @@ class GrpcServer:
         self._running = running
         self.port = port
         self.budgets = budgets
+
+    @property
+    def running(self) -> int:
+        """Calls that have reached their handler and not ended."""
+        return self._running.count
 
     def start(self) -> None:
         """Begins to accept calls. Does not block."""
