@@ -68,8 +68,12 @@ class Bed:
     def killed(self) -> Path:
         """The files as a kill at this moment would leave them."""
         copy = self.directory.with_name(f"{self.directory.name}-killed{len(self.opened)}")
-        shutil.copytree(self.directory, copy)
-        return copy
+        for _ in range(20):
+            try:
+                return Path(shutil.copytree(self.directory, copy))
+            except shutil.Error:  # RocksDB removed a table meanwhile
+                shutil.rmtree(copy)
+        raise AssertionError("the files of the map never stand still")
 
     @property
     def idx(self) -> Path:
