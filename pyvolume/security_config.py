@@ -255,6 +255,17 @@ class TlsSettings:
     client_key: str = ""
     client_ca: str = ""
     client_insecure_skip_verify: bool = False
+    refresh_s: float = 5 * 3600.0
+    """WEED_TLS_CERT_REFRESH_INTERVAL: how often the files are looked at for new contents."""
+
+    @property
+    def serves_https(self) -> bool:
+        return bool(self.https_cert)
+
+    @property
+    def uses_grpc_tls(self) -> bool:
+        """Both directions."""
+        return bool(self.grpc_cert)
 
 
 _TLS_KEYS = (
@@ -275,22 +286,38 @@ _TLS_KEYS = (
     ("client_key", "https.client.key"),
     ("client_ca", "https.client.ca"),
 )
+_GRPC_KEYS = (
+    "grpc.volume.cert",
+    "grpc.volume.key",
+    "grpc.ca",
+    "grpc.volume.client_cert",
+    "grpc.volume.client_key",
+    "grpc.volume.allowed_commonnames",
+    "grpc.allowed_wildcard_domain",
+)
+_HTTPS_KEYS = ("https.volume.cert", "https.volume.key", "https.volume.ca")
+TLS_VERSIONS = ("SSLv3", "TLS 1.0", "TLS 1.1", "TLS 1.2", "TLS 1.3")
+"""Names that upstream knows, in order. Below 1.2 nothing is spoken here."""
+_ECDHE_SUITES = {
+    "AES_128_CBC_SHA": "AES128-SHA",
+    "AES_256_CBC_SHA": "AES256-SHA",
+    "AES_128_GCM_SHA256": "AES128-GCM-SHA256",
+    "AES_256_GCM_SHA384": "AES256-GCM-SHA384",
+    "CHACHA20_POLY1305_SHA256": "CHACHA20-POLY1305",
+}
+CIPHER_SUITES: Mapping[str, str] = {
+    **dict.fromkeys(("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"), ""),
+    **{
+        f"TLS_ECDHE_{kind}_WITH_{name}": f"ECDHE-{kind}-{openssl}"
+        for kind in ("ECDSA", "RSA")
+        for name, openssl in _ECDHE_SUITES.items()
+    },
+}
+"""OpenSSL's names of the suites that upstream accepts; those of TLS 1.3, which are always on, have none."""
+DEFAULT_REFRESH_S = 5 * 3600.0
 _TLS_FLAGS = (
     ("client_enabled", "https.client.enabled"),
     ("client_insecure_skip_verify", "https.client.insecure_skip_verify"),
-)
-_SWITCHES_TLS_ON = (
-    "https.volume.cert",
-    "https.volume.key",
-    "https.volume.ca",
-    "grpc.volume.cert",
-    "grpc.volume.key",
-    "grpc.volume.client_cert",
-    "grpc.volume.client_key",
-    "grpc.ca",
-    "https.client.cert",
-    "https.client.key",
-    "https.client.ca",
 )
 
 
@@ -333,11 +360,11 @@ class SecurityLoader:
         self.settings = Settings(self._environ)
 
     def load(self) -> SecurityConfig:
-        """For the start. SecurityError if a setting cannot be honoured, TLS (not served yet) included."""
+        """For the start. SecurityError if a setting cannot be honoured. Certificates are read later (server.tls)."""
         self._read(at_start=True)
         self._warn_of_hidden()
-        tls = tls_settings(self.settings)
-        refuse_tls(self.settings)
+        tls = tls_settings(self.settings, self._environ)
+        check_tls(self.settings, tls)
         return self._security(ui_access=self.settings.boolean("access.ui"), tls=tls)
 
     def reload(self, current: SecurityConfig) -> SecurityConfig:
@@ -436,26 +463,93 @@ def _checked_entry(entry: str, where: str) -> str:
     return str(mapped or address)
 
 
-def tls_settings(settings: Settings) -> TlsSettings:
+def tls_settings(settings: Settings, environ: Mapping[str, str] | None = None) -> TlsSettings:
     """All keys of TLS as they stand."""
     texts: dict[str, Any] = {name: settings.text(key) for name, key in _TLS_KEYS}
     flags: dict[str, Any] = {name: settings.boolean(key) for name, key in _TLS_FLAGS}
-    return TlsSettings(**texts, **flags)
+    return TlsSettings(
+        **texts, **flags, refresh_s=_refresh_s((environ or {}).get("WEED_TLS_CERT_REFRESH_INTERVAL", ""))
+    )
 
 
-def refuse_tls(settings: Settings) -> None:
-    """SecurityError if any key asks for TLS: this server speaks plain text only, and must not do so unasked."""
-    for key in _SWITCHES_TLS_ON:
-        if settings.get(key) not in (None, "", False):
-            raise SecurityError(
-                f"{key} in {settings.where(key)} asks for TLS, which this version does not serve; "
-                "refusing to serve in plain text instead"
-            )
-    if settings.boolean("https.client.enabled"):
+def _refresh_s(text: str) -> float:
+    try:
+        seconds = parse_duration_ns(text) / 1e9 if text else DEFAULT_REFRESH_S
+    except ValueError as exc:
+        _log.warning("WEED_TLS_CERT_REFRESH_INTERVAL: %s; using 5h", exc)
+        return DEFAULT_REFRESH_S
+    return seconds if seconds > 0 else DEFAULT_REFRESH_S
+
+
+def check_tls(settings: Settings, tls: TlsSettings) -> None:
+    """SecurityError for settings that ask for TLS and cannot give it: upstream serves in plain text then (S1)."""
+    for _, key in _TLS_KEYS:
+        value = settings.get(key)
+        if value is None and settings.is_table(key) and not settings.hidden_by(key):
+            value = {}
+        if value is not None and not isinstance(value, str):
+            raise SecurityError(f"{key} in {settings.where(key)} must be a text")
+    _need(settings, _HTTPS_KEYS, ("https.volume.cert", "https.volume.key"))
+    _need(settings, _GRPC_KEYS, ("grpc.volume.cert", "grpc.volume.key", "grpc.ca"))
+    if tls.serves_https or tls.uses_grpc_tls:
+        _check_tls_limits(settings, tls)
+    if tls.client_enabled and bool(tls.client_cert) != bool(tls.client_key):
+        key = "https.client.cert" if tls.client_cert else "https.client.key"
         raise SecurityError(
-            f"https.client.enabled in {settings.where('https.client.enabled')} asks for TLS on outgoing requests, "
-            "which this version does not do; refusing to send them in plain text instead"
+            f"{key} in {settings.where(key)}: https.client: both cert and key must be set "
+            f'(got cert="{tls.client_cert}" key="{tls.client_key}")'
         )
+
+
+def _need(settings: Settings, keys: Sequence[str], needed: Sequence[str]) -> None:
+    """If any of `keys` is set, all of `needed` must be."""
+    asking = next((key for key in keys if settings.text(key)), None)
+    missing = [key for key in needed if not settings.text(key)]
+    if asking is not None and missing:
+        raise SecurityError(
+            f"{asking} in {settings.where(asking)} asks for TLS, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; refusing to serve in plain text instead"
+        )
+
+
+def _check_tls_limits(settings: Settings, tls: TlsSettings) -> None:
+    """[tls] of a server that speaks TLS, whether or not upstream would apply it there."""
+    for key, value in (("tls.min_version", tls.min_version), ("tls.max_version", tls.max_version)):
+        if value and value not in TLS_VERSIONS:
+            known = ", ".join(TLS_VERSIONS)
+            raise SecurityError(f"{key} in {settings.where(key)}: invalid tls version {value} (known: {known})")
+    if tls.max_version and TLS_VERSIONS.index(tls.max_version) < TLS_VERSIONS.index("TLS 1.2"):
+        where = settings.where("tls.max_version")
+        raise SecurityError(
+            f"tls.max_version in {where}: {tls.max_version} leaves nothing, TLS 1.2 is the least spoken"
+        )
+    if tls.max_version == "TLS 1.2" and tls.min_version == "TLS 1.3":
+        raise SecurityError(f"tls.max_version in {settings.where('tls.max_version')} is below tls.min_version")
+    if tls.max_version == "TLS 1.2" and tls.uses_grpc_tls:
+        where = settings.where("tls.max_version")
+        raise SecurityError(f"tls.max_version in {where}: gRPC cannot be kept from TLS 1.3; remove the limit")
+    try:
+        suites = cipher_list(tls.cipher_suites)
+    except ValueError as exc:
+        raise SecurityError(f"tls.cipher_suites in {settings.where('tls.cipher_suites')}: {exc}") from None
+    if suites == "" and tls.max_version == "TLS 1.2":
+        where = settings.where("tls.cipher_suites")
+        raise SecurityError(f"tls.cipher_suites in {where} names suites of TLS 1.3 only, tls.max_version forbids that")
+
+
+def cipher_list(names: str) -> str | None:
+    """OpenSSL's list for TLS 1.2 of upstream's comma list: None without limits, "" if only TLS 1.3 is left.
+
+    ValueError with upstream's text.
+    """
+    if not names.strip():
+        return None
+    found = []
+    for name in (item.strip() for item in names.split(",")):
+        if name not in CIPHER_SUITES:
+            raise ValueError(f"invalid tls cipher suite name {name}")
+        found.append(CIPHER_SUITES[name])
+    return ":".join(item for item in found if item)
 
 
 def disk_probe(settings: Settings, disk_setting: str) -> DiskProbeConfig:

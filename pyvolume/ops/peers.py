@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
 from pyvolume.errors import PyvolumeError
@@ -179,11 +179,11 @@ class PeerResponse:
 class PeerClient:
     """Connections to all peers of one server. Thread-safe.
 
-    tls: context for https to peers (`https.client`), None for plain http. source_ip: local address for targets that are
-    not loopback, None to leave it to the system.
+    tls: gives the context for https to peers (`https.client`) at each dial, None for plain http. source_ip: local
+    address for targets that are not loopback, None to leave it to the system.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None, source_ip: str | None = None) -> None:
+    def __init__(self, tls: Callable[[], ssl.SSLContext] | None = None, source_ip: str | None = None) -> None:
         self.tls = tls
         self.scheme = "https" if tls is not None else "http"
         self._source_ip = source_ip
@@ -340,7 +340,7 @@ class PeerClient:
         if self.tls is None:
             return _Connection(sock, host)
         try:
-            return _Connection(self.tls.wrap_socket(sock, server_hostname=name), host)
+            return _Connection(self.tls().wrap_socket(sock, server_hostname=name), host)
         except TimeoutError as exc:
             sock.close()
             raise PeerError("net/http: TLS handshake timeout", Failure.TIMEOUT) from exc

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyvolume.security_config import SecurityConfig
     from pyvolume.server.heartbeat import Heartbeat
     from pyvolume.server.master_client import MasterClient
+    from pyvolume.server.tls import Tls
     from pyvolume.storage.store import Store
 
 
@@ -31,6 +32,10 @@ class ServerContext:
     store: Store
     master: MasterClient
     heartbeat: Heartbeat | None = None
+    tls: Tls | None = None
+    """None: everything in plain text."""
+    events: Events = field(default_factory=Events)
+    """Where HTTP and gRPC count; the base class counts nothing."""
     stopping: threading.Event = field(default_factory=threading.Event)
     started_at_s: float = field(default_factory=time.time)
     awaiting_master: bool = False

@@ -50,6 +50,7 @@ from pyvolume.server import http_pages, profiling
 from pyvolume.server.address import join_host_port, with_grpc_port
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
+from pyvolume.server.tls import TlsHTTPServer
 from pyvolume.server.waitress_ext import Refusal, RequestHead, VolumeHTTPServer, create_server, status_line
 from pyvolume.version import server_header
 
@@ -70,8 +71,8 @@ BATCH_DELETE_TIMEOUT_S = 60.0
 _ADMIN_METHODS = "PUT, POST, GET, DELETE, OPTIONS"
 _PUBLIC_METHODS = "GET, OPTIONS"
 _STATIC = http_pages.STATIC_PREFIX.encode()
-
 _PROFILES = b"/debug/pprof/"
+
 StartResponse = Callable[..., Any]
 
 
@@ -102,12 +103,13 @@ class _Cluster:
 def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
     """The operations context of a server: one for both of its ports."""
     config = context.config
+    https_client = context.tls.https_client if context.tls is not None else None
     ops = Ops(
         config=config,
         security=lambda: context.security,
         store=context.store,
         cluster=_Cluster(context),
-        peers=PeerClient(None, _source_ip(config.bind_ip)),
+        peers=PeerClient(https_client.current if https_client is not None else None, _source_ip(config.bind_ip)),
         mime=native.MimeTable.from_system(),
         uploads=ByteGate(config.upload_limit_bytes, config.upload_wait_s, MAX_BLOCKED),
         downloads=ByteGate(config.download_limit_bytes, config.download_wait_s, MAX_BLOCKED),
@@ -173,9 +175,9 @@ class App:
             security = context.security
             if not security.jwt_write_key or security.ui_access:
                 rules.append(Rule("/ui/index.html", endpoint="ui"))
+        self._profiles = context.config.pprof and not public
         self._routes = Map(rules, strict_slashes=True, merge_slashes=False)
 
-        self._profiles = context.config.pprof and not public
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[Buffer]:
         head: RequestHead = environ["pyvolume.head"]
         path, method = head.path, environ["REQUEST_METHOD"]
@@ -191,10 +193,10 @@ class App:
             clean = redirect_for(path, url.path, url.unclean) if method != "CONNECT" else None
         if path == b"/seaweedfsstatic":
             clean = http_pages.STATIC_PREFIX
-        if clean is not None:
-            return _redirect_to_clean(start_response, method, clean, head.query)
         elif path == _PROFILES[:-1] and self._profiles:
             clean = _PROFILES.decode()
+        if clean is not None:
+            return _redirect_to_clean(start_response, method, clean, head.query)
         if self.is_page(path):
             return self._page(environ, start_response, path, head.query)
         return self._needle(environ, start_response, head, url)
@@ -301,10 +303,10 @@ class App:
         """(endpoint, name of a static file) of a path of the fixed routes."""
         if path.startswith(_STATIC):
             return "static", clean_path(unquote_to_bytes(path[len(_STATIC) :]).decode("latin-1"))[1:]
-        if b"//" in path or b"%2f" in path.lower():
-            return None  # no empty elements here, and an escaped slash separates nothing
         if self._profiles and path.startswith(_PROFILES):
             return "pprof", unquote_to_bytes(path).decode("latin-1")
+        if b"//" in path or b"%2f" in path.lower():
+            return None  # no empty elements here, and an escaped slash separates nothing
         try:
             endpoint, _ = self._routes.bind("", "/").match(unquote_to_bytes(path).decode())
         except (HTTPException, UnicodeDecodeError):
@@ -320,13 +322,13 @@ class App:
         endpoint, name = matched
         if endpoint == "static":
             return http_pages.static_file(name, environ)(environ, start_response)
-        headers = [("Server", self._server), ("X-Amz-Request-Id", new_request_id())]
-        if endpoint == "health":
         if endpoint == "pprof":
             values = parse_qs(query.decode("latin-1"))
             found = profiling.debug_page(name, {key: texts[-1] for key, texts in values.items()})
             assert found is not None
             return _framed(start_response, Response(found.status, found.headers, found.body))
+        headers = [("Server", self._server), ("X-Amz-Request-Id", new_request_id())]
+        if endpoint == "health":
             return _framed(start_response, self._health(headers))
         if endpoint == "ui":
             headers.append(("Content-Type", "text/html; charset=utf-8"))
@@ -355,9 +357,9 @@ class HttpServer:
         self._server = server
         self._close = close
         self.ops = ops
+        self.slots = slots
 
     @property
-        self.slots = slots
     def port(self) -> int:
         return self._server.port
 
@@ -420,6 +422,9 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
     admin = AdminAdmission(parts.ops, parts.slots, app.is_page, app.refusal)
     admission = PublicAdmission(admin) if public else admin
     config = context.config
+    make = None
+    if not public and context.tls is not None and context.tls.https is not None:
+        make = partial(TlsHTTPServer, contexts=context.tls.https)
     try:
         server = create_server(
             app,
@@ -429,6 +434,7 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
             idle_timeout_s=config.idle_timeout_s,
             max_inflight_body_bytes=BODY_BYTES_IN_MEMORY,
             admission=admission,
+            make=make,
         )
     except BaseException:
         _forget(context, parts)

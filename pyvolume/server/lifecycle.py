@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pyvolume.server.master_client import MasterClient, MasterConfiguration
     from pyvolume.server.metrics import ServerMetrics
     from pyvolume.server.profiling import FileProfiles
+    from pyvolume.server.tls import Tls
     from pyvolume.storage.store import Store
 
 _log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class Process:
         """Builds and starts everything; returns when the ports serve. Every refusal ends the process from within."""
         config = self._checked_config()
         security = self._checked_security(config)
+        tls = self._checked_tls(security)
         if config.ip_detected:
             _log.info("detected volume server ip address: %s", config.ip)
         from pyvolume.server.heartbeat import Heartbeat
@@ -153,7 +155,14 @@ class Process:
 
         self._metrics = metrics = ServerMetrics(config)
         self._start_observers(config, metrics)
-        master = MasterClient(config)
+        from pyvolume.server.rpc import Channels
+
+        channels = Channels()
+        if tls.grpc is not None:
+            from pyvolume.server.grpc_tls import secure_channels
+
+            channels = secure_channels(tls.grpc)
+        master = MasterClient(config, channels=channels)
         answer = self._ask_master(master)
         store = self._load_store(config)
         awaiting = answer is None and bool(master.seeds)
@@ -163,6 +172,7 @@ class Process:
             security=security,
             store=store,
             master=master,
+            tls=tls,
             events=metrics,
             awaiting_master=awaiting,
         )
@@ -232,6 +242,20 @@ class Process:
                 log.fatal("%s", refusal)
             SideServer(config.metrics_ip, config.metrics_port, side_pages(metrics.registry), "http-metrics").start()
 
+    @staticmethod
+    def _checked_tls(security: SecurityConfig) -> Tls:
+        """Reads all certificates. Departure S1: nothing that is configured for TLS is ever served in plain text."""
+        from pyvolume.server.tls import Tls, grpc_cipher_suites
+
+        try:
+            tls = Tls(security.tls)
+        except SecurityError as exc:
+            log.exit_with(START_STATUS, "refusing to start: %s", exc)
+        suites = grpc_cipher_suites(security.tls)
+        if suites is not None:
+            os.environ["GRPC_SSL_CIPHER_SUITES"] = suites  # the library has no other way, and is not loaded yet
+        return tls
+
     def _ask_master(self, master: MasterClient) -> MasterConfiguration | None:
         if not master.seeds:
             return None  # nobody to wait for; the heartbeat says so
@@ -295,13 +319,20 @@ class Process:
         from pyvolume.server.grpc.service import make_grpc_server
 
         config = context.config
+        credentials, interceptors = None, ()
+        if context.tls is not None and context.tls.grpc is not None:
+            from pyvolume.server.grpc_tls import name_checks, server_credentials
+
+            credentials = server_credentials(context.tls.grpc)
+            interceptors = name_checks(context.tls.settings)
         prefix = f"failed to listen on grpc port {config.grpc_port}"
         reason = bind_refusal(config.bind_ip, config.grpc_port)
         if reason is not None:
             log.fatal("%s: %s", prefix, reason)
         try:
             host = "" if config.bind_ip in WILDCARDS else config.bind_ip  # no host: IPv4 and IPv6 on one socket
-            return make_grpc_server(context, join_host_port(host, config.grpc_port))
+            address = join_host_port(host, config.grpc_port)
+            return make_grpc_server(context, address, credentials=credentials, interceptors=interceptors)
         except OSError as exc:
             log.fatal("%s", exc)
 
@@ -341,7 +372,7 @@ class Process:
             self._reload()
 
     def _reload(self) -> None:
-        """New volumes on disk, then white list and signing keys. Problems are logged and leave things as they are."""
+        """New volumes, white list, signing keys, certificates. Problems are logged and leave things as they are."""
         context, loader = self.context, self._loader
         assert context is not None and loader is not None
         notify_service_manager("RELOADING=1", self._environ)
@@ -355,6 +386,8 @@ class Process:
             context.security = loader.reload(context.security)
         except SecurityError as exc:
             _log.error("security settings stay as they were: %s", exc)
+        if context.tls is not None:
+            context.tls.look()
         notify_service_manager("READY=1", self._environ)
 
     # -- stop -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -31,6 +32,7 @@ KEEPALIVE_TIME_MS = 60_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 MAX_METADATA_BYTES = 8 << 20
 MAX_CACHED_CHANNELS = 256
+DIAL_TIMEOUT_S = 10.0
 REQUEST_ID_KEY = "x-amz-request-id"
 
 MASTER_SERVICE = master_pb2.DESCRIPTOR.services_by_name["Seaweed"]
@@ -83,22 +85,23 @@ def failure_from(error: grpc.RpcError) -> RpcFailure:
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     details = (error.details() if isinstance(error, grpc.Call) else str(error)) or ""
     if code is grpc.StatusCode.UNAVAILABLE and (match := _REFUSED.search(details)):
-        details = _dial_error(f"dial tcp {match['peer']}: connect: connection refused")
+        details = dial_error(f"dial tcp {match['peer']}: connect: connection refused")
     return RpcFailure(code, details)
 
 
-def _dial_error(reason: str) -> str:
+def dial_error(reason: str) -> str:
+    """The text of upstream's transport for a connection that did not come about."""
     return f'connection error: desc = "transport: Error while dialing: {reason}"'
 
 
 def dial_target(address: str) -> str:
     """The target to dial for a server address. Raises RpcFailure(UNAVAILABLE) for an address that cannot be dialled."""
     if not address:
-        raise RpcFailure(grpc.StatusCode.UNAVAILABLE, _dial_error("dial tcp: missing address"))
+        raise RpcFailure(grpc.StatusCode.UNAVAILABLE, dial_error("dial tcp: missing address"))
     try:
         return grpc_address(address)
     except ValueError as exc:
-        raise RpcFailure(grpc.StatusCode.UNAVAILABLE, _dial_error(f"dial tcp: {exc}")) from None
+        raise RpcFailure(grpc.StatusCode.UNAVAILABLE, dial_error(f"dial tcp: {exc}")) from None
 
 
 @cache
@@ -113,29 +116,43 @@ def method_classes(service: Any, name: str) -> tuple[str, type[Message], type[Me
 
 
 class Channels:
-    """Channels by server address. All methods may be called from any thread; none blocks on the network.
+    """Channels by server address. All methods may be called from any thread.
 
-    credentials() is asked once per new channel; None means plaintext. At most MAX_CACHED_CHANNELS stay open; the one
-    unused for longest is closed first.
+    credentials() is asked once per new channel; None means plaintext. server_name(target, timeout_s) is asked once per
+    new channel with credentials for the name that the server's certificate is checked against; it may block up to
+    timeout_s and raise RpcFailure. At most MAX_CACHED_CHANNELS stay open; the one unused for longest is closed first.
     """
 
-    def __init__(self, credentials: Callable[[], grpc.ChannelCredentials | None] | None = None) -> None:
+    def __init__(
+        self,
+        credentials: Callable[[], grpc.ChannelCredentials | None] | None = None,
+        server_name: Callable[[str, float], str] | None = None,
+    ) -> None:
         self._credentials = credentials
+        self._server_name = server_name
         self._lock = threading.Lock()
         self._open: OrderedDict[str, grpc.Channel] = OrderedDict()
         self._closed = False
 
-    def dial(self, address: str, extra_options: Iterable[tuple[str, int]] = ()) -> grpc.Channel:
-        """A new channel that the caller closes. Raises RpcFailure for an address without a usable port."""
+    def dial(
+        self, address: str, extra_options: Iterable[tuple[str, int]] = (), *, timeout_s: float = DIAL_TIMEOUT_S
+    ) -> grpc.Channel:
+        """A new channel that the caller closes. Raises RpcFailure for an address without a usable port.
+
+        With TLS it blocks up to timeout_s and raises RpcFailure for a server that cannot be reached or verified; in
+        plain text it does neither.
+        """
         target = dial_target(address)
-        options = [*CLIENT_OPTIONS, *extra_options]
+        options: list[tuple[str, int | str]] = [*CLIENT_OPTIONS, *extra_options]
         credentials = self._credentials() if self._credentials is not None else None
         if credentials is None:
             return grpc.insecure_channel(target, options=options)
+        if self._server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self._server_name(target, timeout_s)))
         return grpc.secure_channel(target, credentials, options=options)
 
-    def get(self, address: str) -> grpc.Channel:
-        """The shared channel for this address, made if needed."""
+    def get(self, address: str, timeout_s: float = DIAL_TIMEOUT_S) -> grpc.Channel:
+        """The shared channel for this address, made if needed, as by `dial`."""
         with self._lock:
             if self._closed:
                 raise RpcFailure(grpc.StatusCode.CANCELLED, "the server is stopping")
@@ -143,7 +160,7 @@ class Channels:
             if channel is not None:
                 self._open.move_to_end(address)
                 return channel
-        made = self.dial(address)
+        made = self.dial(address, timeout_s=timeout_s)
         with self._lock:
             channel = self._open.setdefault(address, made)
             surplus = [made] if channel is not made else []
@@ -174,7 +191,10 @@ class Channels:
     ) -> Any:
         """One unary call. Blocks up to timeout_s (None: no limit). Raises RpcFailure."""
         path, _, response_class = method_classes(service, name)
-        channel = self.get(address)
+        started_s = time.monotonic()
+        channel = self.get(address, DIAL_TIMEOUT_S if timeout_s is None else min(DIAL_TIMEOUT_S, timeout_s))
+        if timeout_s is not None:
+            timeout_s = max(0.001, timeout_s - (time.monotonic() - started_s))
         call = channel.unary_unary(path, request_serializer=_serialize, response_deserializer=response_class.FromString)
         metadata = ((REQUEST_ID_KEY, request_id),) if request_id else None
         try:

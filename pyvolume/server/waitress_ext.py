@@ -1574,6 +1574,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         elif state != _CLOSED:
             self._event_while_busy(events)
 
+    def wants_input(self) -> bool:
+        """Loop thread: whether bytes of a head or a body would be read now."""
+        return self.state in (_HEAD, _BODY)
+
     def _event_while_busy(self, events: int) -> None:
         with self.lock:
             if self.state not in (_BUSY, _PARKED):
@@ -2973,6 +2977,7 @@ def create_server(
     spool_directory: str | None = None,
     admission: Admission | None = None,
     ident: str | None = None,
+    make: Callable[..., VolumeHTTPServer] | None = None,
 ) -> VolumeHTTPServer:
     """Binds and listens at once (port 0: any, see .port); connections are served when run() is called.
 
@@ -2983,6 +2988,7 @@ def create_server(
     max_body_bytes           leading bytes of a body that are kept; the rest is read, counted and thrown away
     spool_bytes              larger bodies are kept in an unlinked file in spool_directory (None: the system's)
     ident                    SERVER_SOFTWARE of the environment; never sent, the application gives the Server header
+    make                     makes the server, None: VolumeHTTPServer itself
 
     Environment beyond WSGI: pyvolume.head (RequestHead), .raw_target, .raw_path, .raw_headers, .peer_ip,
     .body (memoryview of the kept bytes, None when spooled), .body_size (bytes that arrived), .body_error (BodyError or
@@ -2993,7 +2999,7 @@ def create_server(
     nofile = raise_nofile_limit()
     sock = _bind(host, port)
     try:
-        return VolumeHTTPServer(
+        return (make or VolumeHTTPServer)(
             app,
             sock,
             threads=threads,

@@ -302,28 +302,94 @@ def test_bad_white_list_stops_the_start(tmp_path: Path) -> None:
 # --- TLS (S1) --------------------------------------------------------------------------------------------------------
 
 
+HTTPS = '[https.volume]\ncert = "c"\nkey = "k"\n'
+GRPC = '[grpc]\nca = "a"\n[grpc.volume]\ncert = "c"\nkey = "k"\n'
+
+
 @pytest.mark.parametrize(
-    ("toml", "key"),
+    ("toml", "key", "reason"),
     [
-        ('[https.volume]\ncert = "c"\nkey = "k"\n', "https.volume.cert"),
-        ('[https.volume]\nkey = "k"\n', "https.volume.key"),
-        ('[https.volume]\nca = "a"\n', "https.volume.ca"),
-        ('[grpc.volume]\ncert = "c"\n', "grpc.volume.cert"),
-        ('[grpc.volume]\nkey = "c"\n', "grpc.volume.key"),
-        ('[grpc.volume]\nclient_cert = "c"\n', "grpc.volume.client_cert"),
-        ('[grpc]\nca = "c"\n', "grpc.ca"),
-        ("[https.client]\nenabled = true\n", "https.client.enabled"),
-        ('[https.client]\nca = "c"\n', "https.client.ca"),
-        ('[https.volume]\ncert = ["c"]\n', "https.volume.cert"),
+        # operations.md 3.4: upstream serves these in plain text
+        ('[https.volume]\ncert = "c"\n', "https.volume.cert", "asks for TLS, but https.volume.key is not set"),
+        ('[https.volume]\nkey = "k"\n', "https.volume.key", "asks for TLS, but https.volume.cert is not set"),
+        ('[https.volume]\nca = "a"\n', "https.volume.ca", "https.volume.cert and https.volume.key are not set"),
+        ('[https.volume]\ncert = ["c"]\n', "https.volume.cert", "must be a text"),
+        ('[https.volume.cert]\nfile = "c"\n', "https.volume.cert", "must be a text"),
+        # 3.5: these too
+        ('[grpc.volume]\ncert = "c"\n', "grpc.volume.cert", "grpc.volume.key and grpc.ca are not set"),
+        ('[grpc.volume]\nkey = "c"\n', "grpc.volume.key", "grpc.volume.cert and grpc.ca are not set"),
+        ('[grpc.volume]\ncert = "c"\nkey = "k"\n', "grpc.volume.cert", "asks for TLS, but grpc.ca is not set"),
+        ('[grpc.volume]\nclient_cert = "c"\n', "grpc.volume.client_cert", "are not set"),
+        ('[grpc]\nca = "c"\n', "grpc.ca", "grpc.volume.cert and grpc.volume.key are not set"),
+        ('[grpc.volume]\nallowed_commonNames = "c"\n', "grpc.volume.allowed_commonnames", "are not set"),
+        ('[grpc]\nallowed_wildcard_domain = "c"\n', "grpc.allowed_wildcard_domain", "are not set"),
+        # [tls]: upstream stops, ignores it, or serves gRPC in plain text
+        (HTTPS + '[tls]\nmin_version = "TLSv1.2"\n', "tls.min_version", "invalid tls version TLSv1.2"),
+        (HTTPS + '[tls]\nmax_version = "1.3"\n', "tls.max_version", "invalid tls version 1.3"),
+        (HTTPS + '[tls]\ncipher_suites = "NOPE"\n', "tls.cipher_suites", "invalid tls cipher suite name NOPE"),
+        (GRPC + '[tls]\nmin_version = "bogus"\n', "tls.min_version", "invalid tls version bogus"),
+        (GRPC + '[tls]\ncipher_suites = "A,B"\n', "tls.cipher_suites", "invalid tls cipher suite name A"),
+        (GRPC + '[tls]\nmax_version = "TLS 1.2"\n', "tls.max_version", "gRPC cannot be kept from TLS 1.3"),
+        (HTTPS + '[tls]\nmax_version = "TLS 1.1"\n', "tls.max_version", "leaves nothing"),
+        (
+            HTTPS + '[tls]\nmax_version = "TLS 1.2"\nmin_version = "TLS 1.3"\n',
+            "tls.max_version",
+            "is below tls.min_version",
+        ),
+        (
+            HTTPS + '[tls]\nmax_version = "TLS 1.2"\ncipher_suites = "TLS_AES_128_GCM_SHA256"\n',
+            "tls.cipher_suites",
+            "names suites of TLS 1.3 only",
+        ),
+        # outgoing: upstream stops as well
+        (
+            '[https.client]\nenabled = true\ncert = "/x"\n',
+            "https.client.cert",
+            'https.client: both cert and key must be set (got cert="/x" key="")',
+        ),
+        ('[https.client]\nenabled = true\nkey = "/x"\n', "https.client.key", "both cert and key must be set"),
     ],
 )
-def test_tls_is_refused_rather_than_ignored(tmp_path: Path, toml: str, key: str) -> None:
-    assert refusal(tmp_path, toml).startswith(f"{key} in {tmp_path}/conf/security.toml asks for TLS")
+def test_tls_that_cannot_be_is_refused(tmp_path: Path, toml: str, key: str, reason: str) -> None:
+    text = refusal(tmp_path, toml)
+    assert text.startswith(f"{key} in ")
+    assert reason in text
+    assert "security.toml" in text or ".cert]" in toml, "a table has no place of its own"
 
 
-def test_tls_by_environment_is_refused_too(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "", {"WEED_HTTPS_CLIENT_ENABLED": "true"})
-    assert text.startswith("https.client.enabled in environment variable WEED_HTTPS_CLIENT_ENABLED")
+@pytest.mark.parametrize(
+    ("toml", "https", "grpc", "client"),
+    [
+        (HTTPS, True, False, False),
+        (HTTPS + 'ca = "a"\n', True, False, False),
+        (GRPC, False, True, False),
+        (GRPC + 'client_cert = "x"\n', False, True, False),
+        (GRPC + 'allowed_commonNames = "a,b"\n', False, True, False),
+        ("[https.client]\nenabled = true\n", False, False, True),
+        ('[https.client]\nenabled = true\ncert = "c"\nkey = "k"\n', False, False, True),
+        ('[https.client]\ncert = "c"\n', False, False, False),
+        ('[tls]\nmin_version = "bogus"\n', False, False, False),
+        (HTTPS + '[tls]\nmax_version = "TLS 1.2"\nmin_version = "TLS 1.0"\n', True, False, False),
+    ],
+)
+def test_tls_that_is_asked_for(tmp_path: Path, toml: str, https: bool, grpc: bool, client: bool) -> None:
+    tls = loader(tmp_path, toml).load().tls
+    assert (tls.serves_https, tls.uses_grpc_tls, tls.client_enabled) == (https, grpc, client)
+
+
+def test_tls_by_environment(tmp_path: Path) -> None:
+    assert loader(tmp_path, "", {"WEED_HTTPS_CLIENT_ENABLED": "true"}).load().tls.client_enabled
+    (tmp_path / "conf" / "security.toml").unlink()
+    text = refusal(tmp_path, "", {"WEED_GRPC_CA": "/ca"})
+    assert text.startswith("grpc.ca in environment variable WEED_GRPC_CA asks for TLS")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("", 18000.0), ("90s", 90.0), ("5", 18000.0), ("0", 18000.0), ("-1h", 18000.0)]
+)
+def test_interval_of_looking_at_certificates(tmp_path: Path, text: str, seconds: float) -> None:
+    environ = {"WEED_TLS_CERT_REFRESH_INTERVAL": text}
+    assert loader(tmp_path, HTTPS, environ).load().tls.refresh_s == seconds
 
 
 def test_empty_tls_keys_and_those_of_other_servers_do_no_harm(tmp_path: Path) -> None:

@@ -300,18 +300,22 @@ def make_grpc_server(
     bind: str | None = None,
     *,
     credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
     handlers: dict[str, Handler] | None = None,
     limits: dict[Kind, int] | None = None,
 ) -> GrpcServer:
     """Makes the server and binds its port (`host:port`; by default the configuration's bind_ip and grpc_port).
 
     An empty host is all addresses, port 0 lets the system choose (`GrpcServer.port`). credentials None is plaintext.
+    interceptors see every call before anything else does.
     Raises GrpcBindError. handlers and limits are for tests.
     """
     limits = LIMITS if limits is None else {**LIMITS, **limits}
     bind = join_host_port(server.config.bind_ip, server.config.grpc_port) if bind is None else bind
     pool = futures.ThreadPoolExecutor(sum(limits.values()) + REFLECTION_STREAMS, thread_name_prefix="grpc")
-    rpc_server = grpc.server(pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS_AT_ONCE)
+    rpc_server = grpc.server(
+        pool, interceptors=interceptors, options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS_AT_ONCE
+    )
     dispatcher = _Dispatcher(server, HANDLERS if handlers is None else handlers, limits)
     service_name = VOLUME_SERVICE.full_name
     methods = {method.name: dispatcher.method_handler(method) for method in VOLUME_SERVICE.methods}
