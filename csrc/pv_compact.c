@@ -733,10 +733,14 @@ static int commit_locked(pv_compact *c, const pv_compact_names *n, pv_errinfo *e
     if (rc == 0) {
         rc = pv__io_sync(c->idx_fd, err);
     }
+    if (rc == 0 && strcmp(n->dat_dir, n->idx_dir) != 0) {
+        rc = pv__io_sync_dir(n->idx_dir, err); /* the marker must not outlive the name of the new index */
+    }
     if (rc == 0) {
         rc = make_marker(n, err);
-        if (rc < 0 && pv__io_unlink(n->cpc_path, NULL) < 0) {
-            /* A marker that may or may not be on disk: with complete new files either is a consistent state. */
+        if (rc < 0 && (pv__io_unlink(n->cpc_path, NULL) < 0 || pv__io_sync_dir(n->dat_dir, NULL) < 0)) {
+            /* A marker that may or may not be on disk: with complete new files either is a consistent state, until the
+             * next write. The caller removes the new files, then the marker. */
             c->stats.marker_left = 1;
         }
     }

@@ -90,6 +90,9 @@ static void summarize_row(const pv_idx_row *row, uint8_t version, uint64_t dat_s
         out->max_key = row->key;
     }
     if (row->offset == 0) {
+        if (row->key == 0 && row->size == 0 && out->blank_rows++ == 0) {
+            out->first_blank_row = out->rows - 1;
+        }
         return;
     }
     uint64_t end = row_end(row, version);

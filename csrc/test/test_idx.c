@@ -181,6 +181,15 @@ static void summary_by_hand(void) {
         CHECK_EQ(s.past_end, 1);
         CHECK_EQ(s.first_past_end_key, 7);
         CHECK_EQ(s.max_end, 120);
+        CHECK_EQ(s.blank_rows, 0);
+        close(fd);
+        static const pv_idx_row holed[] = {
+            {.key = 9, .offset = 8, .size = 20}, {.key = 0}, {.key = 0}, {.key = 3, .offset = 64}, {.key = 0}};
+        fd = file_of(holed, PV__ARRAY_LEN(holed), widths[w]);
+        CHECK_EQ(pv_idx_summarize(fd, widths[w], 3, 128, &s, &err), 0);
+        CHECK_EQ(s.blank_rows, 3);
+        CHECK_EQ(s.first_blank_row, 1);
+        CHECK_EQ(s.furthest.key, 3);
         close(fd);
     }
     /* Sizes and offsets at their ends. */

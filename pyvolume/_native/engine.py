@@ -372,6 +372,8 @@ class IdxSummary:
     past_end: int
     first_past_end_key: int
     max_valid_end: int
+    blank_rows: int
+    first_blank_row: int
 
 
 def _rows(rows: Any, count: int) -> list[IdxRow]:
@@ -397,6 +399,8 @@ def idx_summarize(fd: int, width: int, version: int, dat_size: int) -> IdxSummar
         out.past_end,
         out.first_past_end_key,
         out.max_valid_end,
+        out.blank_rows,
+        out.first_blank_row,
     )
 
 

@@ -11,6 +11,7 @@ until they expire), V2 (a commit that fails leaves the old files serving), V6. U
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -80,6 +81,7 @@ def compact(
 
 
 def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Callable[[int], bool]) -> CompactStats:
+    settle_marker(volume)
     discard(volume)
     stat = volume.stat()
     _check_room(volume, stat, preallocate_bytes)
@@ -186,7 +188,8 @@ def _give_up(copy: Compaction | None, paths: CompactPaths) -> None:
     if copy is not None:
         copy.close()
     for path in (paths.cpd, paths.cpx):
-        files.remove_if_exists(path)
+        with contextlib.suppress(OSError):  # the next vacuum or load tries again
+            files.remove_if_exists(path)
 
 
 def paths_of(volume: Volume) -> CompactPaths:
@@ -232,6 +235,7 @@ def _commit(volume: Volume, copy: Compaction) -> None:
     except engine.NativeError as exc:
         _drop_prepared(volume)
         _give_up(copy, paths)
+        _settle_quietly(volume)
         if exc.code == NativeCode.ESTALE:
             raise StorageError(
                 f"current old dat file's compact revision {exc.info.b} is not the expected one {exc.info.a - 1}"
@@ -240,14 +244,19 @@ def _commit(volume: Volume, copy: Compaction) -> None:
     except OSError as exc:
         _drop_prepared(volume)
         _give_up(copy, paths)
+        _settle_quietly(volume)
         raise from_os_error(exc, "write", paths.cpd) from exc
     copy.close()
     volume.compacted()
     if unfinished is not None:
+        volume.swap_unfinished = True
+        with contextlib.suppress(StorageError):
+            settle_marker(volume)
+            return
         reason = from_native(unfinished.code, unfinished, vid=volume.vid, path=paths.dat, operation="rename")
         log.error(
             "volume %d serves its compacted files, but they are not all in place: %s. The marker %s makes the next "
-            "load finish that: mend the cause, then mount the volume again",
+            "vacuum or load finish that: mend the cause, then mount the volume again",
             volume.vid,
             reason,
             paths.cpc,
@@ -261,6 +270,41 @@ def _commit(volume: Volume, copy: Compaction) -> None:
         files.sync_dir(paths.dat_dir)
     except OSError as exc:
         log.warning("volume %d: %s is left, the next load removes it: %s", volume.vid, paths.cpc, exc)
+
+
+def _settle_quietly(volume: Volume) -> None:
+    """After a commit that failed; what does not work now is done before the next vacuum."""
+    try:
+        settle_marker(volume)
+    except StorageError as exc:
+        log.warning("volume %d: a marker is left: %s", volume.vid, exc)
+
+
+def settle_marker(volume: Volume) -> None:
+    """Does what the marker of an earlier commit still asks for, and removes it. Raises DiskError; blocks on disk.
+
+    Must come before new files of that name are made: the marker would put a half-made copy in place at the next load,
+    and a swap whose renames failed has the volume's own files under those names.
+    """
+    paths = paths_of(volume)
+    if not files.exists(paths.cpc):
+        return
+    try:
+        for source, target in ((paths.cpd, paths.dat), (paths.cpx, paths.idx)):
+            if not volume.swap_unfinished:
+                files.remove_if_exists(source)
+            elif files.exists(source):
+                os.rename(source, target)
+        for place in dict.fromkeys((paths.dat_dir, paths.idx_dir)):
+            files.sync_dir(place)
+        if volume.swap_unfinished:
+            for extension in (".ldb", ".rdb"):
+                files.remove_if_exists(volume.idx_base_path + extension)
+        volume.swap_unfinished = False
+        os.unlink(paths.cpc)
+        files.sync_dir(paths.dat_dir)
+    except OSError as exc:
+        raise from_os_error(exc, "settle", paths.cpc) from exc
 
 
 def cleanup(volume: Volume) -> None:

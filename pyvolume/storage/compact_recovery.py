@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 EXTENSIONS: Final = (".cpc", ".cpd", ".cpx")
 """Names that make a volume's base name worth a look."""
 
-_BATCH_ROWS: Final = 65536
+_SCAN_RECORDS: Final = 16384
 
 
 def recover(directory: str, idx_directory: str, name: str, *, repair: bool = True, default_width: int = 4) -> None:
@@ -123,13 +123,27 @@ def _without_marker(directory: str, idx_directory: str, name: str, cpx: str | No
     _drop_stale_maps(directory, idx_directory, name)
 
 
+def _is_sound(dat_fd: int, block: SuperBlock, end: int) -> bool:
+    """Whether a data file is whole records from its beginning to its end, each with the right checksum."""
+    offset = block.block_bytes
+    while offset < end:
+        try:
+            records, offset = engine.dat_scan(dat_fd, block.version, offset, end, True, _SCAN_RECORDS)
+        except engine.NativeError:
+            return False
+        if not records or any(record.status != 0 for record in records):
+            return False
+    return offset == end
+
+
 def _judge(directory: str, idx_directory: str, name: str, cpx: str, default_width: int) -> tuple[str, bool]:
     """(why the compaction cannot be committed, whether it is whole and newer than the volume); ("", True) to commit."""
     base = f"{directory}/{name}"
     idx_path = f"{_existing(directory, idx_directory, f'{name}.idx') or idx_directory}/{name}.idx"
     new_idx_path = f"{cpx}/{name}.cpx"
     old, new, old_idx, new_idx = (os.stat(p) for p in (base + ".dat", base + ".cpd", idx_path, new_idx_path))
-    if new_idx.st_mtime_ns < max(old.st_mtime_ns, old_idx.st_mtime_ns):
+    # clocks of file systems are coarse, so the same time is no proof
+    if new_idx.st_mtime_ns <= max(old.st_mtime_ns, old_idx.st_mtime_ns):
         return "the volume was written to after it", False
     with contextlib.ExitStack() as stack:
         old_dat_fd, new_dat_fd, old_idx_fd, new_idx_fd = (
@@ -152,6 +166,11 @@ def _judge(directory: str, idx_directory: str, name: str, cpx: str, default_widt
             return f"revision {new_block.compaction_revision} after {old_block.compaction_revision}", True
         if old_idx.st_size % (12 + width):
             return "the volume's index is ragged", True
+        known = engine.idx_summarize(old_idx_fd, width, old_block.version, old.st_size)
+        if known.blank_rows or (known.max_end or old_block.block_bytes) < old.st_size:
+            return "the volume has records without rows in its index", False
+        if not _is_sound(new_dat_fd, new_block, new.st_size):
+            return "it has damaged records", False
     if not index_files.same_live_needles((base + ".dat", idx_path), (base + ".cpd", new_idx_path), width):
         return "it has other live needles", True
     return "", True

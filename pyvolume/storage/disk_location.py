@@ -328,6 +328,8 @@ class DiskLocation:
             return held
         if skip is not None and skip(vid):
             return None
+        if files.exists(f"{directory}/{name}.cpc"):
+            self._recover_compaction(name)  # without that, data and index may not belong together
         if not files.exists(f"{directory}/{name}.dat") and not self._is_remote(name):
             log.log(V1, "skipping volume %d (collection=%s); no .dat and no remote file", vid, collection)
             return None
@@ -397,12 +399,15 @@ class DiskLocation:
                 if self.find(vid) is not None:
                     continue
                 try:
-                    compact_recovery.recover(
-                        self.directory,
-                        self.idx_directory,
-                        name,
-                        repair=self.options.repair,
-                        default_width=self.options.offset_width,
-                    )
+                    self._recover_compaction(name)
                 except (OSError, StorageError, engine.NativeError) as exc:
                     log.error("volume %d: reconcile interrupted compaction failed: %s", vid, exc)
+
+    def _recover_compaction(self, name: str) -> None:
+        compact_recovery.recover(
+            self.directory,
+            self.idx_directory,
+            name,
+            repair=self.options.repair,
+            default_width=self.options.offset_width,
+        )

@@ -5,9 +5,10 @@ L3, L4 and the head repair of upstream (`weed/storage/volume_idx_repair.go`). Ev
 OSError or NativeError when the disk fails: then nothing was cut and no row was invented. What was done is returned; the
 caller logs it.
 
-A record with Size 0 is an empty file or a delete, and the `.dat` does not say which. It is taken for a delete when its
-key is live at that place (departure V4 decides likewise), else for an empty file; the mark of a vacuum's catch-up
-(cookie 0x12345678) is always a delete.
+A record with Size 0 is an empty file or a delete, and the `.dat` does not always say which. The mark of a vacuum's
+catch-up (cookie 0x12345678) is a delete, and so is one with a checksum, which is that of what was deleted. Else it is
+taken for a delete when its key is live at that place (departure V4 decides likewise), or when what it deletes may have
+been lost with a damaged record before it; otherwise for an empty file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ _BATCH: Final = 16384
 """Rows or records handled by one call of the engine."""
 _SAMPLE_ROWS: Final = 32
 _COPY_BYTES: Final = 4 << 20
+_HEADER_BYTES: Final = 16
+_CHECKSUM_BYTES: Final = 4
+_TIME_BYTES: Final = 8
+"""Parts of a record around its body; padding follows."""
+_TIME_MIN_NS: Final = 1 << 59
+_TIME_MAX_NS: Final = 1 << 62
+"""1988 and 2116: no record was or will be appended before and behind them."""
 _VACUUM_TOMBSTONE_COOKIE: Final = 0x12345678
+_EMPTY_CHECKSUMS: Final = (0, engine.crc_legacy(0))
+"""Of no data, as written now and in old releases."""
 _END_OF_RECORDS: Final = (NativeCode.EEOF, NativeCode.ECORRUPT)
 
 
@@ -141,8 +151,8 @@ class _Found:
     keys: array[int] = field(default_factory=lambda: array("Q"))
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     sizes: array[int] = field(default_factory=lambda: array("i"))
-    empty_cookies: dict[int, int] = field(default_factory=dict)
-    """Row number -> cookie of the records with Size 0, which may be deletes."""
+    empty: dict[int, bool] = field(default_factory=dict)
+    """Row number -> whether it is surely a delete, for the records with Size 0."""
     bad: int = 0
     first_bad_offset: int = 0
 
@@ -158,15 +168,21 @@ def _batches(rows: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, i
 
 
 def _is_good(record: engine.ScanRec, version: int) -> bool:
-    """A whole, undamaged record; zeros that a crash left where data was to be are none."""
+    """A whole, undamaged record; zeros that a crash left where data was to be are none.
+
+    One without data has no checksum: behind a hole, half a header and what follows can look like it, so its id and time
+    must be possible ones.
+    """
     if record.status != 0 or record.size < 0 or record.offset % 8:
         return False
     if record.size == 0:
-        return record.append_at_ns != 0 if version == CURRENT_VERSION else bool(record.id or record.cookie)
+        if version == CURRENT_VERSION:
+            return record.id != 0 and _TIME_MIN_NS <= record.append_at_ns < _TIME_MAX_NS
+        return bool(record.id)
     return True
 
 
-def _scan(dat_fd: int, version: int, start: int, end: int) -> _Found:
+def _scan(dat_fd: int, version: int, start: int, end: int, *, behind_damage_delete: bool = False) -> _Found:
     """Reads and checks all records from start on. Ends at the first place from which no next record can be found."""
     found = _Found(end=start)
     bad = first_bad = 0
@@ -188,7 +204,11 @@ def _scan(dat_fd: int, version: int, start: int, end: int) -> _Found:
                 bad += 1
                 continue
             if record.size == 0:
-                found.empty_cookies[len(found.keys)] = record.cookie
+                found.empty[len(found.keys)] = (
+                    record.cookie == _VACUUM_TOMBSTONE_COOKIE
+                    or record.checksum not in _EMPTY_CHECKSUMS
+                    or (behind_damage_delete and bad + found.bad > 0)
+                )
             found.keys.append(record.id)
             found.offsets.append(record.offset)
             found.sizes.append(record.size)
@@ -202,9 +222,9 @@ def _scan(dat_fd: int, version: int, start: int, end: int) -> _Found:
 
 def _settle_empty_records(found: _Found, idx_fd: int | None, width: int) -> int:
     """Decides for every record with Size 0 whether it is a delete (row size -1); returns how many are."""
-    if not found.empty_cookies:
+    if not found.empty:
         return 0
-    wanted = {found.keys[row] for row in found.empty_cookies}
+    wanted = {found.keys[row] for row in found.empty}
     live: dict[int, bool] = {}
     if idx_fd is not None:
         for known in rows_of(idx_fd, width):
@@ -214,10 +234,10 @@ def _settle_empty_records(found: _Found, idx_fd: int | None, width: int) -> int:
     for row, key in enumerate(found.keys):
         if key not in wanted:
             continue
-        cookie = found.empty_cookies.get(row)
-        if cookie is None:
+        surely_deleted = found.empty.get(row)
+        if surely_deleted is None:
             live[key] = True
-        elif live.get(key, False) or cookie == _VACUUM_TOMBSTONE_COOKIE:
+        elif live.get(key, False) or surely_deleted:
             found.sizes[row] = -1
             live[key] = False
             deletes += 1
@@ -272,8 +292,11 @@ def _save_torn(dat_fd: int, base_path: str, start: int, end: int) -> str:
 
 
 def _cut_torn(dat_fd: int, base_path: str, repair: Repair, size: int) -> None:
-    """Saves and cuts what is behind the last good record."""
+    """Saves and cuts what is behind the last good record; puts back what is missing of that one's padding."""
     if repair.end >= size:
+        if repair.end > size:
+            os.ftruncate(dat_fd, repair.end)
+            os.fsync(dat_fd)
         return
     repair.torn_path = _save_torn(dat_fd, base_path, repair.end, size)
     repair.torn_bytes = size - repair.end
@@ -302,7 +325,7 @@ def index_tail(
             start = last.end
         if block.version != CURRENT_VERSION and not chain_reaches(dat_fd, block, start):
             raise RepairRefused(f"the records are not those of version {block.version}")
-        found = _scan(dat_fd, block.version, start, size)
+        found = _scan(dat_fd, block.version, start, size, behind_damage_delete=True)
         if found.end > MAX_VOLUME_BYTES[width]:
             raise RepairRefused(f"the data ends behind {MAX_VOLUME_BYTES[width]}, where {width} byte offsets end")
         repair = Repair(start, found.end, len(found.keys), _settle_empty_records(found, idx_fd, width))
@@ -314,6 +337,65 @@ def index_tail(
             files.write_all(idx_fd, found.pack(width))
             os.fsync(idx_fd)
         return repair
+
+
+def restore_padding(dat_path: str, size: int, last: engine.IdxRow, version: int) -> bool:
+    """Puts back what is missing of the zeros behind the last record, which `last` names; false if more is missing.
+
+    The engine begins the next record at a multiple of 8 in any case; but reads, and the check of a tombstone at the
+    end, want all of the last one to be there.
+    """
+    body_end = last.offset + _HEADER_BYTES + max(last.size, 0) + _CHECKSUM_BYTES
+    body_end += _TIME_BYTES if version == CURRENT_VERSION else 0
+    end = last.offset + engine.needle_record_len(max(last.size, 0), version)
+    if not body_end <= size < end:
+        return False
+    with files.opened(dat_path, os.O_RDWR) as dat_fd:
+        os.ftruncate(dat_fd, end)
+        os.fsync(dat_fd)
+    return True
+
+
+def drop_rows_behind_hole(
+    dat_path: str, idx_path: str, base_path: str, *, width: int, block: SuperBlock, first_blank: int
+) -> Repair:
+    """Takes an index with rows of zeros back to what stands before the first, and indexes the data behind that anew.
+
+    A power cut can lose a page in the middle of what was written last. Rows behind the hole hide that records with rows
+    in it are missing; without them index_tail finds all. The old index is kept as `<idx>.torn-<offset>`, the new one
+    comes in place by rename. Raises RepairRefused as index_tail does: then nothing was changed. Failpoints: those of
+    index_tail, index.rename.
+    """
+    keep_bytes = first_blank * (12 + width)
+    temporary = idx_path + ".tmp"
+    try:
+        with (
+            files.opened(idx_path) as idx_fd,
+            files.opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as new_fd,
+        ):
+            at = 0
+            while at < keep_bytes:
+                piece = os.pread(idx_fd, min(_COPY_BYTES, keep_bytes - at), at)
+                if not piece:
+                    raise OSError(errno.EIO, "the index became shorter", idx_path)
+                files.write_all(new_fd, piece)
+                at += len(piece)
+            os.fsync(new_fd)
+            summary = engine.idx_summarize(new_fd, width, block.version, os.stat(dat_path).st_size)
+        furthest = summary.furthest if summary.max_end else None
+        repair = index_tail(dat_path, temporary, base_path, width=width, block=block, furthest=furthest)
+        kept = f"{idx_path}.torn-{keep_bytes}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(kept)
+        os.link(idx_path, kept)
+        fault("index.rename")
+        os.rename(temporary, idx_path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    files.sync_dir(os.path.dirname(idx_path))
+    return repair
 
 
 def rebuild_index(dat_path: str, idx_path: str, base_path: str, *, width: int, block: SuperBlock) -> Repair:

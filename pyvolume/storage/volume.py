@@ -221,6 +221,8 @@ class Volume:
         """Called under the state lock after the handle was exchanged; the store republishes it."""
         self.compaction: Compaction | None = None
         """A copy that waits for its commit; guarded by the claim."""
+        self.swap_unfinished = False
+        """Renames of the last commit are still to be made, its marker is there; guarded by the claim."""
         self._handle = handle
         self._options = options
         self._state_lock = threading.Lock()

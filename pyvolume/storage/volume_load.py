@@ -63,6 +63,11 @@ class _Files:
     width: int = 4
     last_append_at_ns: int = 0
 
+    def look_again(self) -> None:
+        """After a repair of .dat: the time of the last write stays what it was before."""
+        size = os.stat(self.dat_path).st_size
+        self.dat = files.FileCheck(True, self.dat.can_read, self.dat.can_write, self.dat.mtime_s, size)
+
     @property
     def dat_end(self) -> int:
         """The length of .dat rounded up to 8, as upstream counts it: a cut in the last padding is none."""
@@ -204,6 +209,11 @@ def create_volume(
             create=block,
             preallocate_bytes=preallocate_bytes,
         )
+        try:
+            handle.sync()  # a volume that was asked for and is empty survives a power cut, too
+        except engine.NativeError as exc:
+            handle.close()
+            raise from_native(exc.code, exc.info, vid=vid, path=dat_path, operation="sync") from exc
     except (OSError, StorageError) as exc:
         for path in (dat_path, idx_path):
             with contextlib.suppress(OSError):
@@ -328,6 +338,15 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
                 found.idx_path,
                 summary.file_bytes - dropped,
             )
+        if summary.blank_rows and may_repair and _drop_rows_behind_hole(found, summary):
+            summary = _summarize(found)
+        if (
+            may_repair
+            and summary.max_end
+            and index_files.restore_padding(found.dat_path, found.dat.size, summary.furthest, found.block.version)
+        ):
+            log.warning("volume %d: put back the padding of the last record of %s", found.vid, found.dat_path)
+            found.look_again()
         verdict, info = _check_tail(found, dat_fd)
         indexed_end = summary.max_end or found.block.block_bytes
         if may_repair and verdict in (TailVerdict.OK, TailVerdict.DAT_LONGER) and found.dat.size > indexed_end:
@@ -386,6 +405,29 @@ def _recover_head(found: _Files, dat_fd: int) -> None:
         )
 
 
+def _drop_rows_behind_hole(found: _Files, summary: engine.IdxSummary) -> bool:
+    """What a power cut left of the index behind its first row of zeros is not trusted."""
+    text = f"{summary.blank_rows} rows of zeros in {found.idx_path}, the first is row {summary.first_blank_row}"
+    try:
+        repair = index_files.drop_rows_behind_hole(
+            found.dat_path,
+            found.idx_path,
+            found.base_path,
+            width=found.width,
+            block=found.block,
+            first_blank=summary.first_blank_row,
+        )
+    except index_files.RepairRefused as exc:
+        log.warning("volume %d: %s, left alone because %s", found.vid, text, exc)
+        return False
+    except (OSError, engine.NativeError) as exc:
+        log.error("volume %d: %s: repair failed: %s", found.vid, text, exc)
+        return False
+    log.warning("volume %d: %s: %s", found.vid, text, repair.describe(found.dat_path, found.idx_path))
+    found.look_again()
+    return True
+
+
 def _index_tail(found: _Files, summary: engine.IdxSummary) -> bool:
     """Departure L3: upstream makes such a volume read-only until somebody runs an offline fix."""
     try:
@@ -411,8 +453,7 @@ def _index_tail(found: _Files, summary: engine.IdxSummary) -> bool:
         log.error("volume %d: repair of %s failed: %s", found.vid, found.dat_path, exc)
         return False
     log.warning("volume %d: %s", found.vid, repair.describe(found.dat_path, found.idx_path))
-    size = os.stat(found.dat_path).st_size
-    found.dat = files.FileCheck(True, found.dat.can_read, found.dat.can_write, found.dat.mtime_s, size)
+    found.look_again()
     return True
 
 
