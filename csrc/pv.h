@@ -308,7 +308,9 @@ PV_API int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) 
 enum pv_read_flag {
     PV_READ_DELETED = 1, /* readDeleted: serve a deleted needle whose old size is known */
     PV_READ_META_OK = 2, /* a needle with size > PV_META_ONLY_ABOVE may be read without its data (data == NULL) */
-    PV_READ_ENTRY = 4    /* use *entry instead of the map */
+    PV_READ_ENTRY = 4,   /* use *entry instead of the map */
+    PV_READ_CACHED = 8   /* do not wait for the disk: PV_ESYS with EAGAIN when not all of the record is in the page cache,
+                            with EOPNOTSUPP where the file system cannot tell. Not with PV_READ_META_OK */
 };
 #define PV_META_ONLY_ABOVE 1048576
 
@@ -509,6 +511,13 @@ PV_API int pv_reg_publish(pv_reg *r, uint32_t vid, pv_vol *v) PV_WUR; /* PV_EEXI
 PV_API int pv_reg_withdraw(pv_reg *r, uint32_t vid) PV_WUR;           /* PV_ENOTFOUND */
 /* Gives a reference (pv_vol_unref), or NULL. */
 PV_API pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) PV_WUR;
+/* What a lane must know of a volume besides its handle, which answers for itself whether it takes writes. */
+enum pv_reg_flag {
+    PV_REG_SINGLE = 1, /* one copy: a write or delete concerns no other server */
+    PV_REG_NO_TTL = 2  /* needles without a ttl of their own live for ever */
+};
+PV_API int pv_reg_publish_as(pv_reg *r, uint32_t vid, pv_vol *v, uint32_t flags) PV_WUR;
+PV_API pv_vol *pv_reg_acquire_as(pv_reg *r, uint32_t vid, uint32_t *flags) PV_WUR;
 PV_API int pv_reg_count(pv_reg *r);
 
 /* ------------------------------------------------------------------ search by append time (pv_since.c) */
@@ -968,5 +977,115 @@ PV_API size_t pv_header_canonical(const char *p, size_t n, char *buf, size_t cap
 /* X-Amz-Request-Id: upper-case hex of ns, then 8 digits of random32. */
 PV_API size_t pv_request_id(uint64_t ns, uint32_t random32, char *buf, size_t cap);
 /* END pv_http */
+
+/* ------------------------------------------------------------------ fast lane (pv_lane.c) */
+
+/* Threads that own listening sockets of plain HTTP, answer what needs no decision of Python's, and hand every other
+ * connection over, with the bytes read so far and before any side effect. An answer is byte for byte the other lane's.
+ * All functions may be called from any thread. */
+typedef struct pv_lane pv_lane;
+
+enum pv_lane_serve {
+    PV_LANE_READS = 1, /* GET and HEAD */
+    PV_LANE_WRITES = 2 /* PUT, POST and DELETE */
+};
+
+enum pv_lane_conn_flag {
+    PV_LANE_PUBLIC = 1, /* of the public port: GET and HEAD only */
+    PV_LANE_SERVED = 2, /* a request was answered on the connection */
+    PV_LANE_LENIENT = 4 /* the last one was a POST: line ends may follow it */
+};
+
+/* Why a connection was handed over. */
+enum pv_lane_reason {
+    PV_LANE_WHY_HEAD = 0,   /* not recognised */
+    PV_LANE_WHY_OFF = 1,    /* the method is not served now */
+    PV_LANE_WHY_QUERY = 2,  /* a parameter that means something */
+    PV_LANE_WHY_PATH = 3,   /* no plain file id */
+    PV_LANE_WHY_VOLUME = 4, /* not published, or with replicas, or with a ttl */
+    PV_LANE_WHY_NEEDLE = 5, /* absent, deleted, expired, another cookie, unreadable, a manifest, has pairs */
+    PV_LANE_WHY_ANSWER = 6, /* to be unpacked, or of an unusual form */
+    PV_LANE_WHY_UPLOAD = 7, /* a form, gzip, to be packed, md5, an image to be turned */
+    PV_LANE_WHY_WRITE = 8,  /* the engine refused it */
+    PV_LANE_WHY_SIZE = 9,   /* body or needle above the lane's budget */
+    PV_LANE_WHY_EOF = 10,   /* the client closed its side within a request */
+    PV_LANE_WHY_STOP = 11   /* the lane stops and the request is not complete */
+};
+
+#define PV_LANE_METHODS 5  /* GET, HEAD, PUT, POST, DELETE */
+#define PV_LANE_STATUSES 7 /* 200, 201, 202, 204, 206, 304, 416 */
+#define PV_LANE_BUCKETS 25 /* seconds up to 0.0001 * 2^i; the last one takes the rest */
+#define PV_LANE_REASONS 12
+
+typedef struct pv_lane_opts {
+    pv_reg *registry;    /* must outlive the lane, as must mime */
+    const pv_mime *mime; /* may be NULL */
+    const char *server;  /* copied: value of the Server header */
+    uint64_t size_limit_bytes;  /* of -fileSizeLimitMB */
+    uint64_t body_bytes;        /* largest body, and largest needle, that is served here */
+    uint64_t budget_bytes;      /* bodies and unsent answers in memory, over all connections */
+    uint32_t idle_timeout_ms;   /* 0: never */
+    uint32_t threads;           /* at least 1 */
+    uint32_t io_threads;        /* at least 1: for reads that miss the page cache, and large writes */
+    uint32_t max_connections;
+    uint32_t mailbox; /* connections that wait to be taken over, at most */
+    uint32_t serve;   /* enum pv_lane_serve */
+    uint8_t fix_orientation;
+    uint8_t reserved[7];
+} pv_lane_opts;
+
+/* A connection that was handed over. */
+typedef struct pv_lane_item {
+    int32_t fd;     /* gives: the taker closes it */
+    uint32_t flags; /* enum pv_lane_conn_flag */
+    uint8_t *data;  /* gives: free the item with pv_lane_item_free; NULL if size is 0 */
+    size_t size;
+    uint64_t charged; /* of the budget; given back by pv_lane_item_free */
+    uint32_t reason;  /* enum pv_lane_reason */
+    uint16_t port;
+    char host[46]; /* address as text, ends with NUL */
+} pv_lane_item;
+
+typedef struct pv_lane_stats {
+    uint64_t connections; /* now */
+    uint64_t accepted;
+    uint64_t given; /* came back from the other lane */
+    uint64_t idle_closed;
+    uint64_t accept_pauses;
+    uint64_t mailbox_full; /* refused with 503 */
+    uint64_t yields;       /* a pipeline gave way to other connections */
+    uint64_t io_jobs;
+    uint64_t received_bytes;
+    uint64_t sent_bytes;
+    uint64_t held_bytes;                                      /* of the budget, now */
+    uint64_t handed_over[PV_LANE_REASONS];                    /* by enum pv_lane_reason */
+    uint64_t requests[2 * PV_LANE_METHODS * PV_LANE_STATUSES]; /* [public][method][status] */
+    uint64_t nanoseconds[2 * PV_LANE_METHODS];
+    uint64_t latency[2 * PV_LANE_METHODS * PV_LANE_BUCKETS]; /* not cumulated */
+} pv_lane_stats;
+
+/* Gives a lane without sockets and threads; free with pv_lane_free. PV_ENOMEM, PV_EINVAL. */
+PV_API int pv_lane_new(const pv_lane_opts *opts, pv_lane **out) PV_WUR;
+/* Takes a listening, non-blocking socket; before pv_lane_start. flags: PV_LANE_PUBLIC or 0. PV_EINVAL (more than two). */
+PV_API int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) PV_WUR;
+/* Starts the threads. PV_ESYS, PV_ENOMEM: nothing runs. */
+PV_API int pv_lane_start(pv_lane *l) PV_WUR;
+/* What is served from now on. A request that began to be served before this returned may still end. */
+PV_API void pv_lane_serve(pv_lane *l, uint32_t serve);
+/* Takes a connection (back), idle, with nothing unread. flags: enum pv_lane_conn_flag. PV_ECLOSED when stopping and
+ * PV_ENOMEM: the descriptor stays the caller's. */
+PV_API int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;
+/* Waits for connections to take over, up to timeout_ms; the count, 0 when none came. PV_ECLOSED: the lane has stopped and
+ * all were taken. */
+PV_API int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max, uint32_t timeout_ms) PV_WUR;
+PV_API void pv_lane_item_free(pv_lane *l, pv_lane_item *item); /* not its fd */
+/* Stops reading: closes the listening sockets after serving who is in their queues, closes idle connections, hands the
+ * others over. Returns when that is done, so that what is left needs no taker; answers are still being sent then. */
+PV_API void pv_lane_quiesce(pv_lane *l);
+/* The same, then waits up to deadline_ms for answers to be sent, cuts the rest and ends the threads. The number that was
+ * cut. Idempotent. */
+PV_API int pv_lane_stop(pv_lane *l, uint32_t deadline_ms);
+PV_API void pv_lane_stat(pv_lane *l, pv_lane_stats *out);
+PV_API void pv_lane_free(pv_lane *l); /* stops it first. Nobody may be in another call. NULL is fine */
 
 #endif

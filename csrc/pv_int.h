@@ -192,6 +192,9 @@ int pv__io_close(int fd, pv_errinfo *err);
 int pv__io_pread(int fd, void *buf, size_t len, uint64_t offset, size_t *got, pv_errinfo *err) PV_WUR;
 /* Reads exactly len bytes, else PV_EEOF (a = offset, b = len, c = got). */
 int pv__io_pread_full(int fd, void *buf, size_t len, uint64_t offset, pv_errinfo *err) PV_WUR;
+/* The same from the page cache alone: PV_ESYS with EAGAIN when not all of it is there, with EOPNOTSUPP where the file system
+ * cannot tell. */
+int pv__io_pread_cached(int fd, void *buf, size_t len, uint64_t offset, pv_errinfo *err) PV_WUR;
 /* Writes all of it. On error part of it may be in the file: the caller truncates. */
 int pv__io_pwrite(int fd, const void *buf, size_t len, uint64_t offset, pv_errinfo *err) PV_WUR;
 /* The same gathered from up to PV__IOV_MAX pieces, which are not changed. One system call if the kernel takes it all. */

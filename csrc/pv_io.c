@@ -113,6 +113,28 @@ int pv__io_pread_full(int fd, void *buf, size_t len, uint64_t offset, pv_errinfo
     return got == len ? 0 : pv__fail(err, PV_EEOF, offset, len, got, 0);
 }
 
+int pv__io_pread_cached(int fd, void *buf, size_t len, uint64_t offset, pv_errinfo *err) {
+    if (!span_ok(offset, len)) {
+        return pv__fail(err, PV_EINVAL, offset, len, 0, 0);
+    }
+    uint8_t *p = buf;
+    size_t done = 0;
+    while (done < len) {
+        size_t n = len - done < IO_CHUNK ? len - done : IO_CHUNK;
+        ssize_t rc;
+        RETRY(rc, HOOK(&n, .op = PV__IO_PREAD, .fd = fd, .offset = offset + done),
+              preadv2(fd, &(struct iovec){p + done, n}, 1, (off_t)(offset + done), RWF_NOWAIT));
+        if (rc < 0) {
+            return pv__fail_sys(err, errno, offset, len, done);
+        }
+        if (rc == 0) {
+            return pv__fail(err, PV_EEOF, offset, len, done, 0);
+        }
+        done += (size_t)rc;
+    }
+    return 0;
+}
+
 int pv__io_pwrite(int fd, const void *buf, size_t len, uint64_t offset, pv_errinfo *err) {
     const struct iovec iov = {.iov_base = (void *)(uintptr_t)buf, .iov_len = len};
     return pv__io_pwritev(fd, &iov, 1, offset, err);

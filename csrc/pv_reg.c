@@ -14,6 +14,7 @@
 typedef struct slot {
     pv_vol *v; /* NULL: empty */
     uint32_t vid;
+    uint32_t flags; /* enum pv_reg_flag */
 } slot;
 
 struct pv_reg {
@@ -88,6 +89,10 @@ static int grow(pv_reg *r) {
 }
 
 int pv_reg_publish(pv_reg *r, uint32_t vid, pv_vol *v) {
+    return pv_reg_publish_as(r, vid, v, 0);
+}
+
+int pv_reg_publish_as(pv_reg *r, uint32_t vid, pv_vol *v, uint32_t flags) {
     if (v == NULL) {
         return PV_EINVAL;
     }
@@ -103,6 +108,7 @@ int pv_reg_publish(pv_reg *r, uint32_t vid, pv_vol *v) {
         } else {
             s->v = pv_vol_ref(v);
             s->vid = vid;
+            s->flags = flags;
             r->count++;
         }
     }
@@ -142,8 +148,15 @@ int pv_reg_withdraw(pv_reg *r, uint32_t vid) {
 }
 
 pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) {
+    uint32_t flags;
+    return pv_reg_acquire_as(r, vid, &flags);
+}
+
+pv_vol *pv_reg_acquire_as(pv_reg *r, uint32_t vid, uint32_t *flags) {
     pv__rdlock(&r->lock);
-    pv_vol *v = r->slots[find(r->slots, r->mask, vid)].v;
+    const slot *s = &r->slots[find(r->slots, r->mask, vid)];
+    pv_vol *v = s->v;
+    *flags = s->flags;
     if (v != NULL) {
         v = pv_vol_ref(v);
     }

@@ -533,7 +533,8 @@ static int check_span(gen *g, uint64_t offset, uint64_t len, pv_errinfo *err) {
 }
 
 /* Reads and parses one whole record, at exactly this offset. On error nothing is given. */
-static int read_record_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
+static int read_record_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size, bool cached, pv_read *out,
+                          pv_errinfo *err) {
     size_t len = (size_t)pv_needle_record_len(size, v->version); /* size >= 0, so it is positive */
     int rc = check_span(g, offset, len, err);
     if (rc < 0) {
@@ -544,7 +545,8 @@ static int read_record_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size
         return pv__fail(err, PV_ENOMEM, len, 0, 0, 0);
     }
     /* Padding that is cut off counts as missing data, as upstream has it. */
-    rc = pv__io_pread_full(g->dat_fd, buf, len, offset, err);
+    rc = cached ? pv__io_pread_cached(g->dat_fd, buf, len, offset, err)
+                : pv__io_pread_full(g->dat_fd, buf, len, offset, err);
     if (rc == 0) {
         rc = pv_needle_parse(buf, len, v->version, size, offset, 0, &out->n, err);
     }
@@ -559,12 +561,17 @@ static int read_record_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size
 }
 
 /* The same, with the second try of 4-byte volumes: offsets of volumes that outgrew 32 GiB had wrapped. */
-int pv__read_record(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
-    int rc = read_record_at(v, g, offset, size, out, err);
+static int read_record(const pv_vol *v, gen *g, uint64_t offset, int32_t size, bool cached, pv_read *out,
+                       pv_errinfo *err) {
+    int rc = read_record_at(v, g, offset, size, cached, out, err);
     if (PV__UNLIKELY(rc == PV_ESIZE) && v->width == 4) {
-        rc = read_record_at(v, g, offset + PV__GIB32, size, out, err);
+        rc = read_record_at(v, g, offset + PV__GIB32, size, cached, out, err);
     }
     return rc;
+}
+
+int pv__read_record(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
+    return read_record(v, g, offset, size, false, out, err);
 }
 
 static int read_meta_at(const pv_vol *v, gen *g, uint64_t offset, int32_t size, pv_read *out, pv_errinfo *err) {
@@ -644,7 +651,7 @@ static int read_entry(pv_vol *v, gen *g, uint64_t id, uint32_t flags, pv_read *o
         }
     }
     if (rc == 0 && whole) {
-        rc = pv__read_record(v, g, out->entry.offset, size, out, err);
+        rc = read_record(v, g, out->entry.offset, size, (flags & PV_READ_CACHED) != 0, out, err);
     }
     note_io(v, rc, err);
     return rc;

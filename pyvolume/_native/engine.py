@@ -850,9 +850,11 @@ class Registry:
         """The `pv_reg *`, for the lane. Borrowed: it lives as long as this object."""
         return self._r
 
-    def publish(self, vid: int, volume: Volume) -> None:
-        """NativeError PV_EEXISTS if the vid is taken."""
-        code = _lib.pv_reg_publish(self._r, vid, volume.handle)
+    def publish(self, vid: int, volume: Volume, *, single: bool = False, no_ttl: bool = False) -> None:
+        """NativeError PV_EEXISTS if the vid is taken. single: it has one copy; no_ttl: its needles do not expire with it.
+        What is not said is not assumed: the lane writes to volumes of which both is known only."""
+        flags = (_lib.PV_REG_SINGLE if single else 0) | (_lib.PV_REG_NO_TTL if no_ttl else 0)
+        code = _lib.pv_reg_publish_as(self._r, vid, volume.handle, flags)
         if code < 0:
             raise _bare_error(code, vid)
 

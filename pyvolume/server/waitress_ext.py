@@ -1505,6 +1505,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.checked = 0  # of inbuf: lines found acceptable
         self.served = False  # a request was answered on this connection
         self.lenient = False  # the last request was a POST: line ends may follow it
+        self.give_back: Callable[[int, bool], bool] | None = None  # where the connection goes when it is idle
         self.gone = False  # the client has closed its side, or all of it
         self.dead = False  # no longer with epoll; to be closed as soon as its worker is through
         self.patient = True
@@ -2128,10 +2129,27 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _next_request(self) -> None:
         self.served = True
         self.state = _HEAD
+        if self.give_back is not None and not (self.inbuf or self.gone or self.dead or self.server.stopping):
+            self._leave(self.give_back)
+            return
         self._set_mask(_IN)
         if self.inbuf:
             self.ahead = True
             self.server.call_soon(self._resume)  # not at once: others have a turn first, and no recursion
+
+    def _leave(self, give_back: Callable[[int, bool], bool]) -> None:
+        """Idle, all answered: the connection goes back to where it was adopted from."""
+        self._unregister()
+        self.state = _CLOSED
+        self.connected = False
+        self.dead = True
+        if self.timer is not None:
+            self.server.cancel(self.timer)
+            self.timer = None
+        self.server.channel_closed(self)
+        fd = self.socket.detach()
+        if not give_back(fd, self.lenient):
+            os.close(fd)
 
     def _resume(self) -> None:
         """Bytes of the next request are here already (pipelining, adoption)."""
@@ -2265,7 +2283,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _exchange_over(self, ending: int) -> None:
         server = self.server
         kept = ending == _KEEP and not server.stopping
-        if kept:
+        if kept and (self.give_back is None or self.inbuf):
             with self.lock:
                 self.exchange = None
                 alive = not self.dead
@@ -2596,15 +2614,43 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         pulled: bool = self.trigger.pull_trigger(thunk)
         return pulled
 
-    def adopt(self, sock_fd: int, peer: tuple[str, int], data: bytes = b"") -> None:
+    def lend_listener(self) -> int:
+        """Before run(): gives the listening socket away, as a descriptor of its own; connections are adopted then."""
+        fd = os.dup(self.socket.fileno())
+        self._close_listener()
+        return fd
+
+    def adopt(
+        self,
+        sock_fd: int,
+        peer: tuple[str, int],
+        data: bytes = b"",
+        *,
+        served: bool = False,
+        lenient: bool = False,
+        give_back: Callable[[int, bool], bool] | None = None,
+    ) -> None:
         """Takes over an accepted connection and the bytes already read from it; never blocks, any thread.
 
         The descriptor belongs to the server from here on, also when it is stopping: then it is closed.
-        Everything sent on the connection before must have been answered.
+        Everything sent on the connection before must have been answered: `served` says that there was something, and
+        `lenient` that the last of it was a POST. give_back(descriptor, lenient) is called on the loop thread when the
+        connection has become idle after an answer: True, and the descriptor is the callee's again.
         """
-        self.adopt_socket(socket.socket(fileno=sock_fd), peer, data)
+        self.adopt_socket(
+            socket.socket(fileno=sock_fd), peer, data, served=served, lenient=lenient, give_back=give_back
+        )
 
-    def adopt_socket(self, sock: socket.socket, peer: tuple[str, int], data: bytes = b"") -> None:
+    def adopt_socket(
+        self,
+        sock: socket.socket,
+        peer: tuple[str, int],
+        data: bytes = b"",
+        *,
+        served: bool = False,
+        lenient: bool = False,
+        give_back: Callable[[int, bool], bool] | None = None,
+    ) -> None:
         """adopt() for a socket object; the way in for an accept loop that has done a TLS handshake first."""
 
         def take() -> None:
@@ -2613,7 +2659,10 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
                 return
             self.counts.adopted += 1
             channel = self._open_channel(sock, peer)
-            if channel is not None and data:
+            if channel is None:
+                return
+            channel.served, channel.lenient, channel.give_back = served, lenient, give_back
+            if data:
                 channel.inbuf = data
                 channel.ahead = True
                 channel._resume()

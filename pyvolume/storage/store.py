@@ -306,7 +306,12 @@ class Store:
             # A map on disk cannot be asked without the interpreter's lock: such a volume is none for the fast lane.
             if served is not None and served.is_open and not served.is_remote and not served.is_mapped:
                 try:
-                    self.registry.publish(volume.vid, served.handle)
+                    self.registry.publish(
+                        volume.vid,
+                        served.handle,
+                        single=served.replica_placement.copy_count == 1,
+                        no_ttl=not served.ttl,
+                    )
                 except engine.NativeError as exc:
                     if exc.code != NativeCode.ECLOSED:
                         log.warning("volume %d is not served by the fast lane: %s", volume.vid, exc)
