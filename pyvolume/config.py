@@ -404,7 +404,6 @@ def _volume_flags() -> tuple[Flag, ...]:
             INT,
             0,
             "limit of replication and balance copying in MiB/s, 0 for none",
-            later="nothing is copied by this version",
         ),
         Flag("master", STRING, "localhost:9333", "masters, host:port[,host:port]..."),
         Flag("max", STRING, "8", "largest number of volumes of each directory, n[,n]...; 0 goes by free space"),

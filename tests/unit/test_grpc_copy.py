@@ -889,3 +889,14 @@ def test_files_that_are_not_mounted_are_not_noted(source: Server, target: Server
         assert copy_volume(target, 3, source.address).code is Code.UNKNOWN
     assert target.files() == {"3.dat", "3.idx", "3.vif"}
     assert content(target.store.mount_volume(3), 1) == b"unmounted, not forgotten"
+
+
+def test_the_rate_of_the_server_is_kept(source: Server, tmp_path: Path) -> None:
+    put(source.make(3), 1, os.urandom(4 << 20))
+    slow = Server(tmp_path / "slow", maintenance_bytes_per_s=4 << 20)
+    try:
+        began_s = time.monotonic()
+        assert copy_volume(slow, 3, source.address).code is Code.OK
+        assert 0.5 < time.monotonic() - began_s < 5
+    finally:
+        slow.end()
