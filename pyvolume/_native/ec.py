@@ -51,7 +51,7 @@ def encode(
     end: int,
     out_fds: Sequence[int],
 ) -> list[int]:
-    """Makes bytes [start, end) of all shards and writes them; the CRC-32C of the stretch of each. Raises NativeError."""
+    """Makes bytes [start, end) of all shards and writes them; the CRC-32C of each stretch. Raises NativeError."""
     layout = _new(_T_LAYOUT, [data, parity, large_block, small_block, large_rows])
     crcs, err = _new(_T_CRCS, data + parity), _new(_T_ERR)
     fds = _new(_T_FDS, list(out_fds))

@@ -21,6 +21,7 @@ from pyvolume.ops.throttle import ByteGate
 if TYPE_CHECKING:
     from pyvolume._native.http import MimeTable
     from pyvolume.config import ServerConfig
+    from pyvolume.ops.ec import EcReader
     from pyvolume.ops.manifest import Fetched
     from pyvolume.storage.store import Store
 
@@ -175,6 +176,8 @@ class Ops:
     events: Events
     self_url: str
     fetch_self: Callable[[Request], Fetched] | None = None
+    ec: EcReader | None = None
+    """Reads of erasure coded volumes; None: such volumes are not looked for."""
     pool: Helpers = field(default_factory=lambda: Helpers(MAX_FAN_OUT_THREADS))
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ from pyvolume.ops.throttle import Verdict
 
 if TYPE_CHECKING:
     from pyvolume._native.engine import Needle
+    from pyvolume.storage.ec.volume import EcVolume
     from pyvolume.storage.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -74,9 +75,12 @@ def get(ops: Ops, request: Request) -> Response:
     except native.IdError:
         return empty(400)
     volume = ops.store.find_volume(vid)
-    if volume is None:
-        return proxy.missing_volume(ops, request, vid)
-    return _from_volume(ops, request, volume, needle_id, cookie)
+    if volume is not None:
+        return _from_volume(ops, request, volume, needle_id, cookie)
+    coded = ops.store.ec.find(vid) if ops.ec is not None else None
+    if coded is not None:
+        return _from_shards(ops, request, coded, needle_id, cookie)
+    return proxy.missing_volume(ops, request, vid)
 
 
 # --------------------------------------------------------------------------------------------------- the limiter
@@ -120,6 +124,23 @@ def _from_volume(ops: Ops, request: Request, volume: Volume, needle_id: int, coo
             needle = volume.read_needle(needle_id, read_deleted=read_deleted)
     except StorageError as exc:
         return _failed(ops, request, exc)
+    return _checked(ops, request, volume, needle, cookie, wanted)
+
+
+def _from_shards(ops: Ops, request: Request, coded: EcVolume, needle_id: int, cookie: int) -> Response:
+    """Always the whole needle. Quirk: readDeleted and the needle's ttl are not looked at."""
+    assert ops.ec is not None
+    try:
+        needle = ops.ec.read(coded, needle_id)
+    except StorageError as exc:
+        return _failed(ops, request, exc)
+    return _checked(ops, request, None, needle, cookie, _image_query(request))
+
+
+def _checked(
+    ops: Ops, request: Request, volume: Volume | None, needle: Needle, cookie: int, wanted: dict[str, str]
+) -> Response:
+    """The response for a needle that was found, if the cookie fits."""
     if not needle.empty and needle.cookie != cookie:
         log.info(
             "request %s with cookie:%x expected:%x from %s", request.url.path, cookie, needle.cookie, request.peer_ip
@@ -199,7 +220,7 @@ def _plan_request(request: Request, filename: bytes) -> native.GetRequest:
     return plain
 
 
-def _answer(ops: Ops, request: Request, volume: Volume, needle: Needle, wanted: dict[str, str]) -> Response:
+def _answer(ops: Ops, request: Request, volume: Volume | None, needle: Needle, wanted: dict[str, str]) -> Response:
     """The response for a needle that was found and whose cookie fits."""
     if needle.empty:
         return _planned(ops, _plan_request(request, request.url.filename), native.GetNeedle(0, 0, 0, b""), None)
@@ -214,7 +235,7 @@ def _answer(ops: Ops, request: Request, volume: Volume, needle: Needle, wanted: 
         needle.pairs,
     )
     asked = _plan_request(request, request.url.filename)
-    if needle.meta_only:
+    if needle.meta_only and volume is not None:
         found.data = None
         return _planned(ops, asked, found, lambda start, length: _streamed(ops, volume, needle, start, length))
     found.data_len = len(found.data) if found.data is not None else 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pyvolume._native import http as native
 from pyvolume._native.engine import crc32c
-from pyvolume.errors import PyvolumeError, StorageError, VolumeNotFound
+from pyvolume.errors import PyvolumeError, StorageError, VolumeNotFound, VolumeReadOnly
 from pyvolume.ops import gojson, gz, images, replicate
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
@@ -237,6 +237,8 @@ def _store(ops: Ops, request: Request, parameters: Query, upload: Upload) -> Res
     if parameters.get(b"type") != b"replicate":
         targets = replicate.targets(ops, vid, volume, request.request_id)
     fsync = parameters.get(b"fsync") == b"true"
+    if volume is None and not targets and ops.ec is not None and ops.store.ec.find(vid) is not None:
+        raise VolumeReadOnly(f"volume {vid} is erasure coded and cannot be written")
     if volume is None and not targets:
         raise VolumeNotFound(f"volume {vid} not found")
     unchanged, checksum = False, None

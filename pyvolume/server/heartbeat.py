@@ -44,13 +44,24 @@ GOODBYE_WAIT_S = 1.0
 MAX_QUEUED_DELTAS = 1024
 MAX_UNSENT_MESSAGES = 8
 
-_DELTA_FIELDS = {"new": "new_volumes", "deleted": "deleted_volumes"}
+_DELTA_FIELDS = {
+    "new": "new_volumes",
+    "deleted": "deleted_volumes",
+    "new-ec": "new_ec_shards",
+    "deleted-ec": "deleted_ec_shards",
+}
+_EC_FIELDS = tuple(field.name for field in master_pb2.VolumeEcShardInformationMessage.DESCRIPTOR.fields)
 _SHORT_FIELDS = ("id", "collection", "replica_placement", "version", "ttl", "disk_type", "disk_id")
 
 
 def short_message(info: Any) -> Any:
     """The delta form of a volume."""
     return master_pb2.VolumeShortInformationMessage(**{name: getattr(info, name) for name in _SHORT_FIELDS})
+
+
+def ec_message(info: Any) -> Any:
+    """The message about the shards of one volume on one disk."""
+    return master_pb2.VolumeEcShardInformationMessage(**{name: getattr(info, name) for name in _EC_FIELDS})
 
 
 @dataclass(slots=True)
@@ -247,7 +258,7 @@ class Heartbeat:
         """A volume came or went; runs on the thread that did it."""
         if kind not in _DELTA_FIELDS:
             raise ValueError(f"unknown kind of change {kind!r}")
-        message = short_message(info)
+        message = ec_message(info) if kind.endswith("-ec") else short_message(info)
         with self._wake:
             if self._stopping.is_set():
                 return
@@ -400,6 +411,7 @@ class Heartbeat:
                     self._deltas_lost = False
                     self._beat_wanted = True
                     self._report.request_full()
+                    next_ec_beat = 0.0
                 beat_now = self._beat_wanted
                 self._beat_wanted = False
             if delta is not None:
@@ -432,9 +444,10 @@ class Heartbeat:
         messages = [message for _, message in islice(self._deltas, count)]
         for _ in range(count):
             self._deltas.popleft()
-        word = "adds" if kind == "new" else "deletes"
+        word = "adds" if kind.startswith("new") else "deletes"
+        what = "ec shards of volume" if kind.endswith("-ec") else "volume"
         for message in messages:
-            log.info("volume server %s:%d %s volume %d", self._config.ip, self._config.port, word, message.id)
+            log.info("volume server %s:%d %s %s %d", self._config.ip, self._config.port, word, what, message.id)
         return master_pb2.Heartbeat(**self._place(), **{_DELTA_FIELDS[kind]: messages})
 
     def _say_goodbye(self, session: _Session) -> None:
@@ -461,6 +474,7 @@ class Heartbeat:
         store, config = self._store, self._config
         turn = self._report.begin()
         infos = store.heartbeat_volumes()
+        expired = store.ec.remove_expired()
         send, gone, digest = self._report.build(infos, turn)
         beat = master_pb2.Heartbeat(
             **self._place(),
@@ -470,7 +484,8 @@ class Heartbeat:
             max_file_key=store.max_file_key(),
             deleted_volumes=gone,
             has_no_volumes=turn.full and not send,
-            has_no_ec_shards=True,
+            has_no_ec_shards=not store.ec.volumes(),
+            deleted_ec_shards=[ec_message(info) for info in expired],
             volume_digest=digest,
         )
         (beat.volumes if turn.full else beat.changed_volumes).extend(_volume_message(info) for info in send)
@@ -488,7 +503,8 @@ class Heartbeat:
 
     def _ec_beat(self) -> Any:
         """The message about erasure coded volumes: it says nothing else, not even who sends it."""
-        return master_pb2.Heartbeat(has_no_ec_shards=True)
+        shards = [ec_message(volume.info()) for volume in self._store.ec.volumes()]
+        return master_pb2.Heartbeat(ec_shards=shards, has_no_ec_shards=not shards)
 
     # -- receiving ------------------------------------------------------------------------------------------------
 

@@ -157,7 +157,8 @@ class AdminAdmission:
                 vid = native.parse_vid(url.vid)
             except native.IdError:
                 return None
-            if ops.config.read_mode == "proxy" and ops.store.find_volume(vid) is None:
+            here = ops.store.find_volume(vid) is not None
+            if not here and (ops.config.read_mode == "proxy" or ops.store.ec.find(vid) is not None):
                 return self._with_slot(head, url, None)
             return None
         if Query(head.query).get(b"proxied") != b"true":
@@ -247,11 +248,12 @@ class AdminAdmission:
         if b"type=replicate" in head.query:
             return False
         try:
-            volume = self._ops.store.find_volume(native.parse_vid(url.vid))
+            vid = native.parse_vid(url.vid)
         except native.IdError:
             return False
+        volume = self._ops.store.find_volume(vid)
         if volume is None:
-            return head.method != b"DELETE"
+            return head.method != b"DELETE" or self._ops.store.ec.find(vid) is not None
         return volume.replica_placement.copy_count > 1
 
     def _with_slot(self, head: RequestHead, url: native.UrlPath, hold: Hold | None) -> Hold | None:

@@ -48,6 +48,7 @@ from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
 from pyvolume.server import http_pages, profiling
 from pyvolume.server.address import join_host_port, with_grpc_port
+from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
 from pyvolume.server.tls import TlsHTTPServer
@@ -118,6 +119,7 @@ def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
         self_url=join_host_port(config.ip, config.port),
     )
     ops.fetch_self = lambda request: _SelfFetched(read.get(ops, request))
+    ops.ec = reader_of(context)
     return ops
 
 

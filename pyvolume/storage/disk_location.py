@@ -67,6 +67,8 @@ class DiskLocation:
         self.available_bytes = 0
         self.usage = DiskUsage(self.directory)
         self.options = options if options is not None else LoadOptions()
+        self.ec_shard_count = 0
+        """Mounted shards of erasure coded volumes; ten of them take a slot. Set by storage.ec.members."""
         self.pending_creations = 0
         """Volumes being created, which count as slots. Guarded by the membership lock."""
         self._lock = membership_lock if membership_lock is not None else threading.Lock()
@@ -132,20 +134,31 @@ class DiskLocation:
     # ----------------------------------------------------------------------------------------------------------- slots
 
     @property
+    def offset_width(self) -> int:
+        """Bytes of an offset in the indexes of this server."""
+        return self.options.offset_width
+
+    @property
+    def ec_slots(self) -> int:
+        """Slots that shards take, ten in one."""
+        return -(-self.ec_shard_count // 10)
+
+    @property
     def effective_max(self) -> int:
         """The maximum a heartbeat reports: with the disk low only the slots in use, never negative."""
-        return self.local_volume_count if self.is_low else max(0, self.max_volume_count)
+        return self.local_volume_count + self.ec_slots if self.is_low else max(0, self.max_volume_count)
 
     @property
     def free_slots(self) -> int:
         """Volumes that may still be copied here. Quirk: an unlimited location (max 0) has none."""
-        return self.max_volume_count - len(self._volumes)
+        return self.max_volume_count - len(self._volumes) - self.ec_slots
 
     def can_take_volume(self) -> bool:
         """Whether a new volume may be created here. The membership lock must be held (pending_creations)."""
         if self.is_low or self.is_unavailable:
             return False
-        return self.max_volume_count == 0 or len(self._volumes) + self.pending_creations < self.max_volume_count
+        used = len(self._volumes) + self.pending_creations + self.ec_slots
+        return self.max_volume_count == 0 or used < self.max_volume_count
 
     # ---------------------------------------------------------------------------------------------------------- space
 

@@ -33,17 +33,20 @@ from pyvolume.errors import (
     from_os_error,
 )
 from pyvolume.faults import fault
-from pyvolume.storage import copy, vif
+from pyvolume.storage import compact, copy, files, vif
 from pyvolume.storage.disk_location import DiskLocation
+from pyvolume.storage.ec import encode
+from pyvolume.storage.ec.members import EcMembers
+from pyvolume.storage.ec.volume import EcShardsInfo
 from pyvolume.storage.state import StateFile
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
 from pyvolume.storage.volume_load import LoadOptions, create_volume
-from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part
+from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part, volume_base_name
 
 log = logging.getLogger(__name__)
 
-ChangeKind = Literal["new", "deleted"]
-ChangeListener = Callable[[ChangeKind, VolumeShortInfo], None]
+ChangeKind = Literal["new", "deleted", "new-ec", "deleted-ec"]
+ChangeListener = Callable[[ChangeKind, VolumeShortInfo | EcShardsInfo], None]
 
 _CLOSE_WORKERS: Final = 16
 
@@ -149,6 +152,7 @@ class Store:
         self.locations = [
             DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
         ]
+        self.ec = EcMembers(self.locations, self._ids.hold, self._notify)
         self.state = StateFile(self.locations[0].idx_directory if self.locations else ".")
 
     # ------------------------------------------------------------------------------------------------- start and stop
@@ -168,6 +172,7 @@ class Store:
             self._load_locations(at_startup=True, progress=counter)
             for location in self.locations:  # upstream's timeout goes for volumes found at start, and new ones
                 location.options = replace(location.options, index_timeout_h=0)
+            self.ec.load(at_startup=True)
             try:
                 self.state.load()
             except StorageError as exc:
@@ -179,6 +184,7 @@ class Store:
     def load_new_volumes(self) -> None:
         """Loads volumes whose files came to the directories since (SIGHUP). They are not announced as deltas."""
         self._load_locations(at_startup=True, progress=None)
+        self.ec.load(at_startup=False)
 
     def _load_locations(self, *, at_startup: bool, progress: _Progress | None) -> None:
         distinct: list[DiskLocation] = []
@@ -232,6 +238,7 @@ class Store:
             with ThreadPoolExecutor(min(_CLOSE_WORKERS, len(volumes)), thread_name_prefix="close") as pool:
                 for future in [pool.submit(self._drop, volume) for volume in volumes]:
                     future.result()
+        self.ec.close()
         for location in self.locations:
             location.release()
 
@@ -324,7 +331,7 @@ class Store:
         with self._lock:
             self._listeners = [*self._listeners, listener]
 
-    def _notify(self, kind: ChangeKind, info: VolumeShortInfo) -> None:
+    def _notify(self, kind: ChangeKind, info: VolumeShortInfo | EcShardsInfo) -> None:
         for listener in self._listeners:
             try:
                 listener(kind, info)
@@ -550,6 +557,7 @@ class Store:
                     self._notify("deleted", info)
             if failures:
                 raise StorageError(failures)
+        self.ec.destroy_collection(collection)
 
     def configure_volume(self, vid: int, replication: ReplicaPlacement) -> None:
         """Writes another replication into the .vif of a volume, which should be unmounted for that.
@@ -584,6 +592,80 @@ class Store:
                 raise VolumeNotFound(f"volume {vid} not found on disk")
             if volume.location.idx_directory != volume.location.directory:
                 volume.relocate_index(volume.location.idx_directory)
+
+    # --------------------------------------------------------------------------------------------------- erasure coding
+
+    def generate_shards(self, vid: int, collection: str, go_on: Callable[[], None]) -> None:
+        """Makes the EC files of a mounted volume beside it, in the place of any there are. Takes long.
+
+        Raises StorageError with upstream's texts, VolumeNotFound, and what go_on raises. Blocks on disk.
+        """
+        with self._ids.hold(vid):
+            volume = self.find_volume(vid)
+            if volume is None:
+                raise VolumeNotFound(f"volume {vid} not found")
+            if volume.collection != collection:
+                raise StorageError(f"existing collection:{volume.collection} unexpected input: {collection}")
+            ratio = encode.ratio_of(volume.info)
+            try:
+                self.ec.wipe_held(collection, vid)
+            except StorageError as exc:
+                raise type(exc)(f"wipe stale EC artifacts for volume {vid} on {exc}") from exc
+            encode.generate(volume, ratio, go_on)
+
+    def decode_shards(self, vid: int, collection: str, go_on: Callable[[], None]) -> None:
+        """Makes the files of a plain volume of local shards; mounts nothing. Takes long.
+
+        Raises NoLiveEntries, StorageError with upstream's texts, and what go_on raises. Blocks on disk.
+        """
+        with self._ids.hold(vid):
+            copies = self.ec.copies(vid)
+            if not copies:
+                raise StorageError(f"ec volume {vid} not found")
+            volume = copies[-1]
+            if volume.collection != collection:
+                raise StorageError(f"existing collection:{volume.collection} unexpected input: {collection}")
+            paths = []
+            for number in range(volume.ratio.data):
+                found = self.ec.find_shard(vid, number)
+                if found is None:
+                    raise StorageError(f"ec volume {vid} missing shard {number}")
+                paths.append(found[1].path)
+            deletes = {key for copy_ in copies for key in set(copy_.deleted)}
+            encode.decode(volume, paths, deletes, go_on)
+            location = self.locations[volume.disk_id]
+            if location.find(vid) is None:
+                self._compact_decoded(location, volume_base_name(collection, vid), go_on)
+            self._move_decoded_index(location, volume_base_name(collection, vid))
+
+    def _compact_decoded(self, location: DiskLocation, name: str, go_on: Callable[[], None]) -> None:
+        """Drops what is deleted from a volume that was just made of shards; a failure is only logged."""
+
+        def step(_offset: int) -> bool:
+            go_on()
+            return True
+
+        try:
+            made = location.load_named(name)
+            if made is None:
+                return
+            try:
+                compact.compact(made, go_on=step)
+                compact.commit(made)
+            finally:
+                made.close()
+        except (StorageError, OSError) as exc:
+            log.error("CompactVolumeFiles %s/%s: %s", location.directory, name, exc)
+
+    def _move_decoded_index(self, location: DiskLocation, name: str) -> None:
+        """Puts the index beside the data, where a mount looks for it; a failure is only logged."""
+        source, target = f"{location.idx_directory}/{name}.idx", f"{location.directory}/{name}.idx"
+        if source == target or not files.exists(source):
+            return
+        try:
+            files.move_file(source, target)
+        except OSError as exc:
+            log.warning("%s", from_os_error(exc, "rename", target))
 
     def mark_readonly(self, vid: int, can_delete: bool = False, persist: bool = False) -> None:
         """As Volume.set_read_only; VolumeNotFound `volume %d not found`."""
@@ -636,7 +718,7 @@ class Store:
                 continue
             if not self.preallocate:
                 unclaimed -= location.unused_bytes(limit)
-            maximum = max(1, location.volume_count + max(0, unclaimed) // limit)
+            maximum = max(1, location.volume_count + location.ec_slots + max(0, unclaimed) // limit)
             changed = changed or maximum != location.max_volume_count
             location.max_volume_count = maximum
         return changed

@@ -20,6 +20,7 @@ from pyvolume.pb import master_pb2 as pb
 from pyvolume.server import heartbeat as heartbeat_module
 from pyvolume.server.heartbeat import Heartbeat, VolumeReport
 from pyvolume.server.master_client import MasterClient
+from pyvolume.storage.ec.volume import EcShardsInfo
 
 PULSE_S = 0.05
 
@@ -47,11 +48,35 @@ class Info:
     max_file_key: int = 0
 
 
+class FakeEc:
+    """The erasure coded volumes of a store: those given, none of which expires but once."""
+
+    def __init__(self) -> None:
+        self.held: list[EcHeld] = []
+        self.expired: list[EcShardsInfo] = []
+
+    def volumes(self) -> list[EcHeld]:
+        return list(self.held)
+
+    def remove_expired(self) -> list[EcShardsInfo]:
+        gone, self.expired = self.expired, []
+        return gone
+
+
+class EcHeld:
+    def __init__(self, info: EcShardsInfo) -> None:
+        self._info = info
+
+    def info(self) -> EcShardsInfo:
+        return self._info
+
+
 class FakeStore:
     """The part of the store that a heartbeat looks at."""
 
     def __init__(self, *infos: Info) -> None:
         self.infos = list(infos)
+        self.ec = FakeEc()
         self.preallocate = False
         self.volume_size_limit = 0
         self.adjusts = iter(())

@@ -24,12 +24,14 @@ from pyvolume.errors import (
     VolumeMoved,
 )
 from pyvolume.pb import volume_server_pb2 as pb
+from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.grpc.calls import Call, Handler
 from pyvolume.server.grpc.status import Refusal
 from pyvolume.server.grpc.sync import volume_or_not_found
 from pyvolume.types import MAX_VOLUME_BYTES, FileId, Ttl, parse_key_cookie, parse_uint
 
 if TYPE_CHECKING:
+    from pyvolume.storage.ec.volume import EcVolume
     from pyvolume.storage.volume import Volume
 
 HEADER_BYTES = 16
@@ -82,6 +84,9 @@ def _delete_one(call: Call, fid: str, skip_cookie: bool) -> int:
         key, cookie = (parse_key_cookie if skip_cookie else FileId.parse_path)(fid[comma + 1 :])
     except ValueError as exc:
         raise _ItemFailed(_BAD_REQUEST, str(exc)) from None
+    coded = call.server.store.ec.find(vid)
+    if coded is not None:
+        return _delete_coded(call, coded, key, cookie, skip_cookie)
     volume = call.server.store.find_volume(vid)
     checksum = 0
     if skip_cookie:
@@ -100,6 +105,24 @@ def _delete_one(call: Call, fid: str, skip_cookie: bool) -> int:
     if not size:
         raise _ItemFailed(_NOT_MODIFIED)
     return size
+
+
+def _delete_coded(call: Call, volume: EcVolume, key: int, cookie: int, skip_cookie: bool) -> int:
+    """As _delete_one for an erasure coded volume, which counts before a plain one of the same id."""
+    reader = reader_of(call.server)
+    if not skip_cookie:
+        try:
+            needle = reader.read(volume, key)
+        except StorageError as exc:
+            raise _ItemFailed(_NOT_FOUND, str(exc)) from None
+        if not needle.empty and needle.cookie != cookie:
+            raise _ItemFailed(_BAD_REQUEST, "File Random Cookie does not match.")
+        if needle.is_manifest:
+            raise _ItemFailed(_NOT_ACCEPTABLE, "ChunkManifest: not allowed in batch delete mode.")
+    try:
+        return reader.delete(volume, key, 0 if skip_cookie else cookie)
+    except PyvolumeError as exc:
+        raise _ItemFailed(_ERROR, str(exc)) from exc
 
 
 def lenient_vid(text: str) -> int:
@@ -134,10 +157,14 @@ def _check_before_delete(volume: Volume, key: int, cookie: int) -> int:
 def volume_needle_status(call: Call, request: Any) -> Any:
     """What the record says of itself. Quirk: needle_id is the id in the record, not always the one asked for."""
     volume = call.server.store.find_volume(request.volume_id)
-    if volume is None:
+    coded = call.server.store.ec.find(request.volume_id) if volume is None else None
+    if volume is None and coded is None:
         raise PyvolumeError(f"volume not found {request.volume_id}")
     try:
-        needle = volume.read_needle(request.needle_id)
+        if coded is not None:
+            needle = reader_of(call.server).read(coded, request.needle_id)
+        elif volume is not None:
+            needle = volume.read_needle(request.needle_id)
     except VolumeClosed:
         raise NeedleNotFound("not found") from None
     if needle.empty:

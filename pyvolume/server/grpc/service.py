@@ -18,7 +18,7 @@ import grpc
 
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
-from pyvolume.server.grpc import copy, needles, query, scrub, server_info, sync, tail, vacuum, volumes, wire
+from pyvolume.server.grpc import copy, ec, needles, query, scrub, server_info, sync, tail, vacuum, volumes, wire
 from pyvolume.server.grpc import reflection as reflection_module
 from pyvolume.server.grpc.calls import Call, Gates, Handler, request_id_of
 from pyvolume.server.grpc.methods import LIMITS, RPCS, Kind, Rpc
@@ -44,6 +44,7 @@ HANDLERS: dict[str, Handler] = {
     **needles.HANDLERS,
     **sync.HANDLERS,
     **vacuum.HANDLERS,
+    **ec.HANDLERS,
     **copy.HANDLERS,
     **tail.HANDLERS,
     **query.HANDLERS,
