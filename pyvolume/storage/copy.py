@@ -616,17 +616,20 @@ def recover(directory: str, idx_directory: str) -> None:
     A sealed copy is finished if the volume it was to replace is gone already (it lacks .dat or .idx); otherwise that
     one stays and the copy goes. Raises nothing; what was done, or failed, is logged.
     """
-    names = _list(directory)
-    for name in sorted(names):
+    for name in sorted(_list(directory)):
         base, extension = os.path.splitext(name)
         if extension == MARKER:
             _recover_sealed(directory, idx_directory, base)
-    for place in {directory, idx_directory}:
-        for name in _list(place):
-            stem, extension = os.path.splitext(name)
-            if extension in (STAGED, RECEIVING) and _EXTENSION.fullmatch(os.path.splitext(stem)[1] or "-"):
-                log.info("removing %s/%s of an interrupted copy", place, name)
-                _remove(f"{place}/{name}")
+    for name in sorted(_list(directory)):
+        stem, extension = os.path.splitext(name)
+        base, part = os.path.splitext(stem)
+        if extension not in (STAGED, RECEIVING) or not _EXTENSION.fullmatch(part):
+            continue
+        log.info("removing %s/%s of an interrupted copy", directory, name)
+        _remove(f"{directory}/{name}")
+        # The idx directory may be another server's too: only what belongs to a copy of ours goes.
+        if extension == STAGED and idx_directory != directory:
+            _remove(f"{idx_directory}/{base}.idx{STAGED}")
 
 
 def _list(directory: str) -> list[str]:

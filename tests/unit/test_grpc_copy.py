@@ -880,6 +880,18 @@ def test_working_files_of_a_crash_are_removed_and_others_left(target: Server) ->
     assert target.files() == {"notes.copying", "3.dat.copying.bak", "x.d-t.copying"}
 
 
+def test_an_idx_directory_may_be_shared(tmp_path: Path) -> None:
+    server = Server(tmp_path, idx=True)
+    assert server.idx_directory is not None
+    (server.directories[0] / "3.dat.copying").write_bytes(b"half")
+    for vid in (3, 4):  # 4 is being copied by another server
+        (server.idx_directory / f"{vid}.idx.copying").write_bytes(b"half")
+    fresh = reopen(server)
+    fresh.close()
+    assert server.files() == {"4.idx.copying"}
+    server.end()
+
+
 def test_files_that_are_not_mounted_are_not_noted(source: Server, target: Server) -> None:
     """A note would make the next load delete them."""
     fill(source, 3)
