@@ -40,6 +40,7 @@ from pyvolume.types import is_plain_file_part, normalize_disk_type, readable_dis
 
 if TYPE_CHECKING:
     from pyvolume.storage.disk_location import DiskLocation
+    from pyvolume.storage.ec.members import EcMembers
     from pyvolume.storage.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -149,11 +150,13 @@ def path_in_volume(volume: Volume, extension: str) -> str:
     return (volume.idx_base_path if extension in _IDX_DIR_EXTENSIONS else volume.base_path) + extension
 
 
-def open_ec_file(locations: list[DiskLocation], vid: int, collection: str, extension: str) -> OutgoingFile | None:
-    """A file of an EC volume, mounted or not; None if no directory has it. Quirk: the last hit wins."""
+def open_ec_file(holder: Holder, vid: int, collection: str, extension: str) -> OutgoingFile | None:
+    """A file of an EC volume, flushed if it is mounted; None if no directory has it. Quirk: the last hit wins."""
+    for mounted in holder.ec.copies(vid):
+        mounted.sync()
     name = volume_base_name(collection, vid) + extension
     found = None
-    for location in locations:
+    for location in holder.locations:
         for directory in (location.directory, location.idx_directory):
             if files.exists(f"{directory}/{name}"):
                 found = f"{directory}/{name}"
@@ -252,8 +255,9 @@ def _remove(path: str) -> None:
 class Holder(Protocol):
     """The part of a store that choosing a place needs."""
 
-    @property
-    def locations(self) -> list[DiskLocation]: ...
+    locations: list[DiskLocation]
+    ec: EcMembers
+
     def find_volume(self, vid: int) -> Volume | None: ...
 
 
@@ -267,7 +271,7 @@ def receive_path(
     check_names(extension, collection)
     name = volume_base_name(collection, vid)
     if is_ec:
-        return f"{_ec_target(holder, vid, name, disk_id).directory}/{name}{extension}"
+        return f"{_ec_directory(holder, vid, collection, disk_id)}/{name}{extension}"
     volume = holder.find_volume(vid)
     if volume is not None:
         if extension in _OPEN_FILES:
@@ -276,11 +280,12 @@ def receive_path(
     if not disk_type:
         raise StorageError(f"volume {vid} not found")
     wanted = normalize_disk_type(disk_type)
+    mounted_on = {shards.disk_id for shards in holder.ec.copies(vid)}
     best, most = None, 0
     for location in holder.locations:
         if location.disk_type != wanted or location.is_low or location.is_unavailable or location.free_slots <= most:
             continue
-        if not _holds_shards(location, name):
+        if location.disk_id not in mounted_on and not _holds_shards(location, name):
             best, most = location, location.free_slots
     if best is None:
         raise StorageError(f"no {disk_type} disk location with a free slot for volume {vid}")
@@ -295,24 +300,20 @@ def _holds_shards(location: DiskLocation, name: str) -> bool:
     return False
 
 
-def _ec_target(holder: Holder, vid: int, name: str, disk_id: int) -> DiskLocation:
-    """The disk of an EC file: the one asked for, else one that has the volume's index, else hdd, else any."""
+def _ec_directory(holder: Holder, vid: int, collection: str, disk_id: int) -> str:
+    """The data directory of the disk asked for, else of the one where another shard goes best."""
+    mounted_on = [shards.disk_id for shards in holder.ec.copies(vid)]
+    if mounted_on:
+        disks = " ".join(map(str, mounted_on))
+        raise StorageError(f"ec volume {vid} is mounted on disk_ids:[{disks}]; unmount before ReceiveFile")
     if disk_id > 0:
         if disk_id >= len(holder.locations):
             raise StorageError(f"invalid disk_id {disk_id}: only have {len(holder.locations)} disks")
-        return holder.locations[disk_id]
-    best: tuple[int, int] | None = None
-    target = None
-    for location in holder.locations:
-        if location.is_low or location.is_unavailable or location.free_slots <= 0:
-            continue
-        has_index = ec_files.has_nonempty_ecx(location.directory, location.idx_directory, name)
-        rank = (2 if has_index else 1 if not location.disk_type else 0, location.free_slots)
-        if best is None or rank > best:
-            best, target = rank, location
+        return holder.locations[disk_id].directory
+    target = holder.ec.target_location(collection, vid)
     if target is None:
         raise StorageError("no storage location available")
-    return target
+    return target.directory
 
 
 # ------------------------------------------------------------------------------------------------------ a whole volume

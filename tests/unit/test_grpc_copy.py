@@ -293,6 +293,18 @@ def test_receive_ec_files_go_where_their_index_is(target: Server) -> None:
     assert (target.directories[1] / "8.ec04").read_bytes() == b"as told"
 
 
+def test_files_of_a_mounted_ec_volume_are_refused(target: Server) -> None:
+    fill(target, 9)
+    assert target.call("VolumeEcShardsGenerate", volume_id=9).code is Code.OK
+    assert target.call("VolumeEcShardsMount", volume_id=9, shard_ids=[0, 1]).code is Code.OK
+    answer = target.push(info(9, ".ec00", is_ec_volume=True, disk_id=7), piece(b"x"))
+    assert answer.error == "ec volume 9 is mounted on disk_ids:[0]; unmount before ReceiveFile"
+    target.store.unmount_volume(9)
+    assert "with a free slot for volume 9" in target.push(info(9, ".dat", disk_type="hdd")).error
+    wanted = {"volume_id": 9, "ext": ".ec01", "is_ec_volume": True, "stop_offset": WHOLE}
+    assert got(target.call("CopyFile", **wanted)) == (target.directories[0] / "9.ec01").read_bytes()
+
+
 def test_receive_staged_volume_files(target: Server) -> None:
     (target.directories[0] / "8.ec00").write_bytes(b"")  # an empty shard is none
     assert target.push(info(8, ".dat", disk_type="hdd"), piece(b"staged")).error == ""

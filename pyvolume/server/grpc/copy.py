@@ -46,7 +46,7 @@ def copy_file(call: Call, request: Any) -> Iterator[Any]:
     may_be_missing = request.ignore_source_file_not_found or request.stop_offset == 0
     source: copy.OutgoingFile | None
     if request.is_ec_volume:
-        source = copy.open_ec_file(call.server.store.locations, request.volume_id, request.collection, request.ext)
+        source = copy.open_ec_file(call.server.store, request.volume_id, request.collection, request.ext)
         if source is None and not request.ignore_source_file_not_found:
             raise PyvolumeError(f"CopyFile not found ec volume id {request.volume_id}")
     else:
