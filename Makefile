@@ -14,13 +14,17 @@ PORT        ?= 8080
 MASTER_PORT ?= 9333
 DIR         ?= run/data
 
+# make crash
+KILL_ROUNDS   ?= 200
+CRASH_SAMPLES ?= 5000
+
 # make fuzz: seconds for each target
 FUZZ_S ?= 60
 
 C_SOURCES  := $(wildcard csrc/*.c csrc/*.h)
 PY_SOURCES := $(shell find pyvolume proto -name '*.py' -not -path 'pyvolume/pb/*' 2>/dev/null)
 
-.PHONY: all help system-packages venv build run test test-py test-c compat lint fmt asan tsan fuzz bench docs man wheel clean distclean
+.PHONY: all help system-packages venv build run test test-py test-c crash compat lint fmt asan tsan fuzz bench docs man wheel clean distclean
 
 all: build lint test ## build, lint and test
 
@@ -57,6 +61,9 @@ test-py: build ## the Python tests
 
 test-c: system-packages ## C unit tests and the committed fuzz corpora
 	$(MAKE) -s -C csrc test
+
+crash: build ## the long forms of the crash and race tests: KILL_ROUNDS kills, CRASH_SAMPLES power cuts for each workload
+	PYVOLUME_KILL_ROUNDS=$(KILL_ROUNDS) PYVOLUME_CRASH_SAMPLES=$(CRASH_SAMPLES) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/crash tests/race
 
 compat: build ## replay what a Go server answered, and open the volumes it made
 	$(BIN)/python -m tools.compat --known-gaps tools/compat/known-gaps.txt
