@@ -5,6 +5,7 @@ a server is really started, so that usage errors and `version` answer at once.
 
     pyvolume [global flags] volume [flags]      as `weed volume`
     pyvolume [global flags and flags]           without a subcommand, as the Rust port takes them
+    pyvolume check | fix | export | compact     on the files of volumes that no server has
     pyvolume version | help [command]
 """
 
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str], environ: Mapping[str, str]) -> int:
+    if words and words[0] in config.OFFLINE_COMMANDS:
+        from pyvolume.offline import common
+
+        return common.main(words)
     command = config.classify(words).command
     if command is None:
         return _serve(config.parse_combined(words, environ), environ)
@@ -91,6 +96,10 @@ def _help(words: Sequence[str], environ: Mapping[str, str]) -> int:
         print(f"Usage: {config.PROGRAM} volume -port=8080 -dir=/tmp -max=5 -ip=server_name -master=localhost:9333")
         sys.stderr.write(f"Default Parameters:\n{config.VOLUME_SET.usage(environ)}")
         return 0
+    if words[0] in config.OFFLINE_COMMANDS:
+        from pyvolume.offline import common
+
+        return common.main([words[0], "--help"])
     if words[0] in config.KNOWN_COMMANDS:
         print(f"Usage: {config.PROGRAM} {words[0]}")
         return 0

@@ -792,6 +792,8 @@ class Form:
     command: str | None
 
 
+OFFLINE_COMMANDS = ("check", "fix", "export", "compact")
+"""Work on files that no server has; their flags are their own (pyvolume.offline)."""
 KNOWN_COMMANDS = frozenset(("volume", "version", "help"))
 
 
@@ -928,6 +930,10 @@ Usage:
 The commands are:
 
     volume      start a volume server
+    check       look for damage in volumes that no server has
+    fix         rebuild their indexes from their data
+    export      list their needles, or write them to a tar file or a directory
+    compact     vacuum them
     version     print the version
     help        print this text, or that of a command
 

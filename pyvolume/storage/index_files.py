@@ -261,6 +261,12 @@ def chain_reaches(dat_fd: int, block: SuperBlock, target: int) -> bool:
     return offset == target
 
 
+def save_torn(dat_path: str, base_path: str, start: int, end: int) -> str:
+    """Copies [start, end) of a data file to a new file `<base>.torn-<start>`, durable before this returns; its path."""
+    with files.opened(dat_path) as dat_fd:
+        return _save_torn(dat_fd, base_path, start, end)
+
+
 def _save_torn(dat_fd: int, base_path: str, start: int, end: int) -> str:
     """Copies [start, end) of .dat to a new file `<base>.torn-<start>`, durable before this returns; its path."""
     path = f"{base_path}.torn-{start}"
