@@ -237,6 +237,9 @@ class RocksMaps:
         options.set_stats_dump_period_sec(0)
         options.set_stats_persist_period_sec(0)
         options.set_max_background_jobs(2)
+        options.set_table_cache_num_shard_bits(1)  # of a table cache that every database has for itself
+        options.set_skip_stats_update_on_db_open(True)
+        options.set_manifest_preallocation_size(1 << 14)
         options.set_compression_type(rocksdict.DBCompressionType.none())
         return options
 

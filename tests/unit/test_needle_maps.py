@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from storage_util import COOKIE, PLAIN, config_of, data_of, put, rows_in
@@ -18,6 +19,7 @@ from storage_util import COOKIE, PLAIN, config_of, data_of, put, rows_in
 from pyvolume._native import engine
 from pyvolume._native.outside import LiveIndex
 from pyvolume.errors import DiskError, NeedleDeleted, NeedleNotFound, StorageError, VolumeReadOnly
+from pyvolume.server import lifecycle
 from pyvolume.storage import compact, needle_map
 from pyvolume.storage.mapped_volume import MappedVolume
 from pyvolume.storage.needle_map import RocksMap, RocksMaps, Value
@@ -1039,6 +1041,24 @@ def _fill_content(volume: Volume) -> None:
     limit = 1 << (35 if volume.offset_width == 4 else 43)
     set_figures(volume.handle, MapFigures(1, limit, 0, 0, 1, 1))
     volume.write_needle(needle(2, b"two"), fsync=True)
+
+
+def test_the_server_tends_maps_each_minute_and_idle_ones_each_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "DISK_CHECK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(lifecycle, "MINUTES_PER_HOUR", 3)
+    process = lifecycle.Process(SimpleNamespace(), SimpleNamespace(), {})  # type: ignore[arg-type]
+    hours: list[bool] = []
+
+    def tend(*, hour: bool) -> None:
+        hours.append(hour)
+        if len(hours) == 7:
+            process._quit.set()
+        raise OSError(5, "Input/output error")  # must not end the thread
+
+    store = SimpleNamespace(check_free_space=lambda: None, tend_maps=tend)
+    process.context = SimpleNamespace(store=store)  # type: ignore[assignment]
+    process._periodic()
+    assert hours == [False, False, True, False, False, True, False]
 
 
 def test_a_store_serves_such_volumes_but_not_by_the_fast_lane(tmp_path: Path) -> None:
