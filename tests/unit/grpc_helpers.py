@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from pyvolume.ops.context import Events
 from pyvolume.server.rpc import MASTER_SERVICE, VOLUME_SERVICE, method_classes
 
 WAIT_S = 20.0
@@ -174,6 +175,7 @@ def bare_server(**config: Any) -> Any:
         config=SimpleNamespace(**values),
         security=SimpleNamespace(white_list=()),
         store=SimpleNamespace(state=SimpleNamespace(maintenance=False)),
+        events=Events(),
         master=None,
         heartbeat=None,
     )
