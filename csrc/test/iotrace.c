@@ -2,7 +2,7 @@
  * and makes a chosen call fail.
  *
  * Environment, read once: IOTRACE_DIR, an absolute path; nothing else is looked at. IOTRACE_LOG, the file the log goes
- * to (none: no log).
+ * to (none: no log). IOTRACE_FULL, a path: while something is there, the disk is full.
  *
  * The log is a row of entries: a header of 48 bytes (struct entry, native byte order) and its bytes: what was written,
  * a path, two paths with a NUL between them, or a note of the program. An entry stands where its call took effect: one
@@ -49,6 +49,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static char dir[PATH_ROOM];
 static size_t dir_len;
+static const char *full_path;
 static int log_fd = -1;
 static uint64_t inodes[FDS]; /* of watched descriptors, else 0 */
 static uint64_t next_token;
@@ -86,6 +87,7 @@ static void init(void) {
         dir_len = strlen(d);
         memcpy(dir, d, dir_len + 1);
     }
+    full_path = getenv("IOTRACE_FULL");
     const char *l = getenv("IOTRACE_LOG");
     if (l != NULL) {
         log_fd = real_open(l, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
@@ -261,6 +263,10 @@ static ssize_t do_write(int fd, const struct iovec *iov, int count, off_t offset
     uint64_t inode = watched_fd(fd);
     bool fail = fails();
     int fail_with = errno;
+    if (!fail && full_path != NULL && access(full_path, F_OK) == 0) {
+        fail = true;
+        fail_with = ENOSPC;
+    }
     struct iovec half = iov[0];
     if (fail) {
         half.iov_len /= 2;

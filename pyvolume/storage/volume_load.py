@@ -338,7 +338,9 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
                 found.idx_path,
                 summary.file_bytes - dropped,
             )
-        if summary.blank_rows and may_repair and _drop_rows_behind_hole(found, summary):
+        holed = may_repair and summary.blank_rows > 0
+        if holed and _drop_rows_behind_hole(found, summary):
+            holed = False
             summary = _summarize(found)
         if (
             may_repair
@@ -356,7 +358,8 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
             else:
                 verdict = TailVerdict.DAT_LONGER
                 info = engine.NativeInfo(0, 0, found.dat_end, indexed_end, 0, 0)
-    return _is_damaged(found, summary, verdict, info)
+    # needles that a hole hides are missing: nobody may write them anew as if they had never been
+    return _is_damaged(found, summary, verdict, info) or holed
 
 
 def _summarize(found: _Files) -> engine.IdxSummary:
