@@ -506,8 +506,8 @@ def bind_refusal(host: str, port: int) -> str | None:
 
 
 def _warn_open_calls(config: ServerConfig, security: SecurityConfig) -> None:
-    """Departure S3: a white list alone does not guard the calls that peers make."""
-    if security.white_list and not config.guard_peers:
+    """Departure S3: a white list alone, without mutual TLS, does not guard the calls that peers make."""
+    if security.white_list and not config.guard_peers and not security.tls.uses_grpc_tls:
         from pyvolume.server.grpc.methods import RPCS
 
         open_calls = [rpc.name for rpc in RPCS.values() if rpc.changes and not rpc.guarded]
