@@ -122,10 +122,10 @@ struct lane_thread {
     pv_lane *lane;
     pthread_t id;
     bool running;
-    bool swept; /* lane.life */
     bool quiet; /* lane.life: nothing will be handed over any more */
     bool ended; /* lane.life */
     bool listening;
+    bool reads_ended; /* the stop has begun, and nothing is read here any more */
     int epoll_fd;
     int wake_fd;
     pthread_mutex_t inbox_lock;
@@ -178,7 +178,7 @@ struct pv_lane {
     lane_thread **threads;
     uint32_t thread_count;
 
-    pthread_mutex_t life; /* swept, quiet, ended, stopped */
+    pthread_mutex_t life; /* quiet, ended, stopped */
     pthread_cond_t life_cond;
     bool started;
     bool stopped;
@@ -527,7 +527,7 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
 static enum outcome conclude(lane_thread *t, conn *c, bool closing) {
     uncharge(t->lane, c);
     touch(t, c);
-    if (closing || c->dead || atomic_load_explicit(&t->lane->stopping, memory_order_relaxed)) {
+    if (closing || c->dead || t->reads_ended) {
         char shed[SHED_BYTES];
         (void)!recv(c->fd, shed, sizeof shed, MSG_DONTWAIT);
         close_conn(t, c);
@@ -1489,7 +1489,7 @@ static void *lane_main(void *arg) {
         if (!swept) {
             read_inbox(t); /* nothing is given any more: what came before the stop is all here */
             sweep(t);
-            swept = true;
+            swept = t->reads_ended = true;
         }
         if (atomic_load(&l->cut)) {
             conn *next;
@@ -1505,7 +1505,7 @@ static void *lane_main(void *arg) {
         if ((!quiet && t->pending == 0) || over) {
             quiet = true;
             pv__mutex_lock(&l->life);
-            t->swept = t->quiet = true;
+            t->quiet = true;
             t->ended = over;
             l->cut_count += over ? cut : 0;
             pv__cond_broadcast(&l->life_cond);
