@@ -217,6 +217,7 @@ class _Comparison:
     same: bool = True
     live: int = 0
     recovered: int = 0
+    """Keys whose newest write or delete the old index did not have."""
     lost: list[int] = field(default_factory=list)
     lost_count: int = 0
     older: list[int] = field(default_factory=list)
@@ -323,8 +324,8 @@ def _compare_key(
             result.older += [key] * (len(result.older) < _KEYS_SHOWN)
         else:
             result.recovered += 1
-    elif is_live:
-        result.recovered += 1
+    elif is_live or (new is not None and old is not None and new.offset >= old.offset):
+        result.recovered += 1  # written, or deleted (the map keeps the offset of what was), since
     else:
         result.lost_count += 1
         result.lost += [key] * (len(result.lost) < _KEYS_SHOWN)
@@ -527,6 +528,6 @@ def _put_in_place(job: Job, volume: VolumeFiles, new_idx: str, compared: _Compar
     for extension in (".sdx", ".ldb", ".rdb", ".rocks"):
         files.remove_if_exists(volume.idx.removesuffix(".idx") + extension)
     files.sync_dir(directory)
-    text = f"{volume.idx}: rebuilt, {plural(compared.live, 'live needle')}, {compared.recovered} of them new to it"
+    text = f"{volume.idx}: rebuilt, {plural(compared.live, 'live needle')}, {plural(compared.recovered, 'change')} it lacked"
     job.say(f"{text}; the old one is {backup}" if backup else text)
     return backup
