@@ -91,7 +91,7 @@ def parse_float(text: bytes) -> float:
 
 
 def _read(data: bytes, at: int) -> tuple[Value | None, int]:
-    """The value that begins here, and where it ends; None for a string without an end."""
+    """The value that begins here, and where it ends (see _squash); None for a string without an end."""
     first = data[at]
     if first == 0x22:
         whole = _STRING.match(data, at)
@@ -113,8 +113,12 @@ def _read(data: bytes, at: int) -> tuple[Value | None, int]:
 
 
 def _squash(data: bytes, at: int) -> int:
-    """Where the container that begins here ends; brackets of all kinds count alike."""
+    """Where the container that begins here ends; brackets of all kinds count alike.
+
+    Behind the end of the text for one that is cut off within a string.
+    """
     depth = 0
+    token = None
     for token in _BRACKETS.finditer(data, at):
         char = data[token.start()]
         if char == 0x22:
@@ -122,7 +126,8 @@ def _squash(data: bytes, at: int) -> int:
         depth += 1 if char in b"{[(" else -1
         if depth == 0:
             return token.end()
-    return len(data)
+    is_cut = token is not None and data[token.start()] == 0x22 and _STRING.fullmatch(token[0]) is None
+    return len(data) + is_cut
 
 
 def unescape(text: bytes) -> bytes:
@@ -167,6 +172,14 @@ def _hex4(text: bytes, at: int) -> int:
 # --------------------------------------------------------------------------------------------------------------- paths
 
 
+_NO_MATCH: Final = Value(Kind.CONTAINER, b"[]")
+"""What `#(query)#.rest` gives when no element fits. Quirk: a `|` behind it is not followed then."""
+
+
+class _CutString(Exception):
+    """An array is cut off within a string."""
+
+
 def get(raw: bytes, path: bytes) -> Value | None:
     """What the path leads to within the first container of the text; None if it leads nowhere."""
     return _get(raw, path, MAX_DEPTH)
@@ -184,6 +197,8 @@ def _get(raw: bytes, path: bytes, depth: int) -> Value | None:
             raw = found.raw
         start = _CONTAINER.search(raw)
         found = None if start is None else _descend(raw, start.start(), step, depth)
+        if found is _NO_MATCH:
+            return found
     return found
 
 
@@ -247,17 +262,28 @@ def _in_object(data: bytes, at: int, path: bytes, depth: int) -> Value | None:
 
 
 def _elements(data: bytes, at: int) -> Iterator[Value]:
-    """The elements of an array that begins here; one that is cut off ends with the text."""
+    """The elements of an array that begins here; one that is cut off ends with the text.
+
+    Raises _CutString behind those that come before a string without an end, or behind the one that ends within it.
+    """
     at += 1
     while (start := _VALUE_OR_END.search(data, at)) is not None and data[start.start()] != 0x5D:
         value, at = _read(data, start.start())
         if value is None:
-            return
+            raise _CutString
         yield value
+        if at > len(data):
+            raise _CutString
 
 
 def _in_array(data: bytes, at: int, path: bytes, depth: int) -> Value | None:
-    step = _array_part(path)
+    try:
+        return _step_into(data, at, _array_part(path), depth)
+    except _CutString:
+        return None  # what has to see all elements finds nothing
+
+
+def _step_into(data: bytes, at: int, step: _ArrayPart, depth: int) -> Value | None:
     if step.query is not None:
         return _matching(data, at, step, step.query, depth)
     if step.is_count:
@@ -283,7 +309,7 @@ def _in_array(data: bytes, at: int, path: bytes, depth: int) -> Value | None:
 
 def _matching(data: bytes, at: int, step: _ArrayPart, query: Query, depth: int) -> Value | None:
     """Elements that a query picks: the first, or all of them as an array."""
-    raws = []
+    raws, matched = [], False
     for value in _elements(data, at):
         if value.kind is Kind.CONTAINER:
             subject = _get(value.raw, query.path, depth - 1)
@@ -293,12 +319,17 @@ def _matching(data: bytes, at: int, step: _ArrayPart, query: Query, depth: int) 
             subject = value
         if not query.picks(subject):
             continue
+        matched = True
         found = value if step.rest is None else _get(value.raw, step.rest, depth - 1)
         if not step.takes_all:
             return found
         if found is not None:
             raws.append(found.raw)
-    return Value(Kind.CONTAINER, b"[" + b",".join(raws) + b"]") if step.takes_all else None
+    if not step.takes_all:
+        return None
+    if not matched and step.rest is not None:
+        return _NO_MATCH
+    return Value(Kind.CONTAINER, b"[" + b",".join(raws) + b"]")
 
 
 # ------------------------------------------------------------------------------------------------------ parts of paths

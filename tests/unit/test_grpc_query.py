@@ -196,6 +196,9 @@ DOCUMENT = (
         ('friends.#(nets.#(=="fb"))#.first', b'["Dale","Roger"]'),
         ("friends.#(nope)#", b"[]"),
         ("friends.#(nope)", None),
+        ("friends.#(nope)#.x|#", b"[]"),
+        ("friends.#(nope)#|#", b"0"),
+        ("friends.#(age)#.x|#", b"0"),
         ("friends.#(age", None),
         ('children.#(>"K")#', b'["Sara"]'),
         ("friends.#.nets.#", b"[3,2,2]"),
@@ -236,6 +239,19 @@ def test_values() -> None:
         (Kind.CONTAINER, b'{"cut":'),
     ]
     assert list(jsonpath.values(b'1 "open 2')) == list(jsonpath.values(b"1"))
+
+
+@pytest.mark.parametrize(
+    ("path", "raw"), [("0", b"1"), ("1.0", b"2"), ("#", None), ("#.0", None), ("#(>0)#", None), ("2", None)]
+)
+def test_arrays_cut_within_a_string(path: str, raw: bytes | None) -> None:
+    for cut in (b'[1,[2],"open', b'[1,[2],{"open'):
+        found = jsonpath.get(cut, path.encode())
+        if path == "2" and cut.endswith(b'{"open'):
+            assert found is not None and found.raw == b'{"open'
+        else:
+            assert (None if found is None else found.raw) == raw
+    assert jsonpath.get(b"[1,[2],{", b"#") == jsonpath.get(b"[1,2,3]", b"#")
 
 
 @pytest.mark.parametrize(
