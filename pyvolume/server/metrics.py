@@ -523,10 +523,13 @@ class StoreFigures:
             map_entries += stat.map_entries
             io_errors += stat.eio_count
             compacting += volume.is_compacting
+        for coded in self._store.ec.volumes():
+            name, shards = coded.collection, list(coded.shards.values())
+            counts[name, "ec_shards"] = counts.get((name, "ec_shards"), 0) + len(shards)
+            sizes[name, "ec"] = sizes.get((name, "ec"), 0) + sum(shard.size for shard in shards)
         metrics = self._metrics
         for labels in metrics.volumes.all_labels():
-            if labels[1] == "volume":
-                counts.setdefault(labels, 0)  # once seen, a collection stays, at 0
+            counts.setdefault(labels, 0)  # once seen, a collection stays, at 0
         for labels, count in counts.items():
             metrics.volumes.value(*labels).set(count)
         metrics.read_only_volumes.replace(read_only)

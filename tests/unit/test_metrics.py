@@ -342,6 +342,17 @@ def test_volumes_by_collection(store: Store, tmp_path: Path, monkeypatch: pytest
     assert p + "total_disk_size" not in ours
 
 
+def test_shards_by_collection(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = {number: SimpleNamespace(size=1000 + number) for number in range(3)}
+    monkeypatch.setattr(store.ec, "volumes", lambda: [SimpleNamespace(collection="pics", shards=shards)])
+    metrics = ServerMetrics(config_for(str(tmp_path)))
+    metrics.watch_store(store)
+    p = "SeaweedFS_volumeServer_"
+    ours = shown(metrics)
+    assert ours[p + "volumes"].series == {p + 'volumes{collection="pics",type="ec_shards"}': "3"}
+    assert ours[p + "total_disk_size"].series == {p + 'total_disk_size{collection="pics",type="ec"}': "3003"}
+
+
 # --- formats on the wire ---------------------------------------------------------------------------------------------
 
 

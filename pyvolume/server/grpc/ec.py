@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,9 +38,16 @@ def generate(call: Call, request: Any) -> Any:
 def rebuild(call: Call, request: Any) -> Any:
     """Makes what is missing or damaged of what is on this server."""
     check_file_part("collection", request.collection)
-    made = call.server.store.ec.rebuild(
-        request.collection, request.volume_id, unsafe=request.unsafe_ignore_sidecar, go_on=call.check
-    )
+    members, events, started = call.server.store.ec, call.server.events, time.monotonic()
+    try:
+        made = members.rebuild(
+            request.collection, request.volume_id, unsafe=request.unsafe_ignore_sidecar, go_on=call.check
+        )
+    except StorageError:
+        events.ec_rebuilt(False, time.monotonic() - started)
+        raise
+    if made or members.find(request.volume_id) is not None:
+        events.ec_rebuilt(True, time.monotonic() - started)
     return pb.VolumeEcShardsRebuildResponse(rebuilt_shard_ids=made)
 
 
