@@ -1,7 +1,9 @@
 """List the needles of volumes, or write them to a tar file or a directory.
 
-Columns, template and choice of needles are those of `weed export`; unlike there, an index that is missing or damaged is
-an error, names cannot leave the target, and memory is bounded. May import common, storage, _native and the leaves.
+Columns, template and choice of needles are those of `weed export`. Unlike there, empty files are there, too, what is
+deleted says so, an index that is missing is an error, names cannot leave the target, and memory is bounded.
+
+May import common, storage, _native and the leaves.
 """
 
 from __future__ import annotations
@@ -318,7 +320,7 @@ def _file_name(template: str, vid: int, needle: engine.Needle, opened: engine.Vo
     """The template filled in; never a path that leaves the target."""
     raw = needle.name.decode("utf-8", "surrogateescape")
     values = {
-        "Id": str(needle.id),
+        "Id": f"{needle.id:x}",
         "Name": raw,
         "Mime": needle.mime.decode("utf-8", "replace"),
         "Key": f"{vid},{format_key_cookie(needle.id, needle.cookie)}",
@@ -326,7 +328,7 @@ def _file_name(template: str, vid: int, needle: engine.Needle, opened: engine.Vo
     }
     name = _FIELD.sub(lambda match: values[match[1]], template)
     parts = [part for part in name.replace("\0", "_").split("/") if part not in ("", ".", "..")]
-    name = "/".join(part[-_NAME_MAX:] for part in parts) or str(needle.id)
+    name = "/".join(part[-_NAME_MAX:] for part in parts) or f"{needle.id:x}"
     if needle.is_compressed and needle.data_size >= 2 and posixpath.splitext(name)[1] != ".gz":
         head = (
             bytes(needle.data[:2])

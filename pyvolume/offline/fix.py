@@ -528,6 +528,7 @@ def _put_in_place(job: Job, volume: VolumeFiles, new_idx: str, compared: _Compar
     for extension in (".sdx", ".ldb", ".rdb", ".rocks"):
         files.remove_if_exists(volume.idx.removesuffix(".idx") + extension)
     files.sync_dir(directory)
-    text = f"{volume.idx}: rebuilt, {plural(compared.live, 'live needle')}, {plural(compared.recovered, 'change')} it lacked"
+    lacked = plural(compared.recovered, "change")
+    text = f"{volume.idx}: rebuilt, {plural(compared.live, 'live needle')}, {lacked} that it lacked"
     job.say(f"{text}; the old one is {backup}" if backup else text)
     return backup

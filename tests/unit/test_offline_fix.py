@@ -57,7 +57,7 @@ def test_golden_volumes(tmp_path: Path, capsys: pytest.CaptureFixture[str], name
     for path in originals:
         collection, _, vid = path.stem.rpartition("_")
         volumes[int(vid)] = load(tmp_path, int(vid), collection)
-    check_needles({vid: v for vid, v in volumes.items()}, manifest)
+    check_needles(volumes, manifest)
     for volume in volumes.values():
         volume.close()
     assert answer(capsys, "check", *words, tmp_path)["exit_code"] == 0
