@@ -21,7 +21,9 @@ from pyvolume import faults
 from pyvolume.errors import NoFreeLocation
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server import pull
+from pyvolume.server.grpc import copy as handlers
 from pyvolume.server.grpc import wire
+from pyvolume.server.rpc import VOLUME_SERVICE, method_classes
 from pyvolume.storage import compact, copy
 from pyvolume.storage.store import Store
 
@@ -216,6 +218,26 @@ def test_copy_file_to_a_client_that_goes_away_gives_its_slot_back(source: Server
     wait_for(lambda: _copy_slots(source) == 24, "all slots")
 
 
+def test_clients_that_stall_are_cut(source: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "CLIENT_SILENCE_LIMIT_S", 0.3)
+    put(source.make(3), 1, os.urandom(60 << 20))
+    stream = source.client.open_stream(
+        "CopyFile", {"volume_id": 3, "ext": ".dat", "compaction_revision": ANY, "stop_offset": WHOLE}
+    )
+    next(stream)
+    wait_for(lambda: _copy_slots(source) == 24, "the slot of the client that takes nothing")
+    released = threading.Event()
+
+    def silent() -> Iterator[Any]:
+        yield pb.ReceiveFileRequest(**info(3, ".rcv"))
+        released.wait(20)
+
+    answer = push(source.client, silent())
+    released.set()
+    assert answer.code is Code.CANCELLED
+    wait_for(lambda: source.files() == {"3.dat", "3.idx", "3.vif"}, "the working file to go")
+
+
 def _copy_slots(server: Server) -> int:
     from pyvolume.server.grpc.methods import Kind
 
@@ -330,6 +352,32 @@ def test_cut_push_leaves_the_old_file_and_nothing_else(target: Server) -> None:
     assert push(target.client, messages()).code is not Code.OK
     wait_for(lambda: target.files() == before, "the working file to go")
     assert (target.directories[0] / "3.rcv").read_bytes() == b"old"
+
+
+def test_no_cut_push_passes_for_a_whole_one(target: Server) -> None:
+    """The library ends the iterator of a cut call like that of a complete one."""
+    target.make(3)
+    (target.directories[0] / "3.rcv").write_bytes(b"old")
+    path, request_class, response_class = method_classes(VOLUME_SERVICE, "ReceiveFile")
+    for _ in range(20):
+        sent = threading.Event()
+
+        def messages(sent: threading.Event = sent) -> Iterator[Any]:
+            yield pb.ReceiveFileRequest(**info(3, ".rcv", file_size=100))
+            yield pb.ReceiveFileRequest(file_content=b"half")
+            sent.set()
+            time.sleep(1)
+
+        start = target.client.channel.stream_unary(
+            path, request_serializer=request_class.SerializeToString, response_deserializer=response_class.FromString
+        )
+        call = start.future(messages())
+        assert sent.wait(10)
+        time.sleep(0.02)
+        call.cancel()
+        wait_for(lambda: _copy_slots(target) == 24, "the slot")
+        assert (target.directories[0] / "3.rcv").read_bytes() == b"old"
+    assert target.files() == {"3.dat", "3.idx", "3.vif", "3.rcv"}
 
 
 @pytest.mark.parametrize(
@@ -461,8 +509,6 @@ def test_volume_copy_with_an_idx_directory(source: Server, tmp_path: Path) -> No
 
 
 def test_volume_copy_reports_progress(source: Server, target: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyvolume.server.grpc import copy as handlers
-
     monkeypatch.setattr(handlers, "REPORT_INTERVAL_BYTES", 3 << 20)
     put(source.make(3), 1, os.urandom(11 << 20))
     answer = copy_volume(target, 3, source.address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from threading import Event
 from typing import Any
 
 import grpc
@@ -30,12 +31,25 @@ STATUS_TIMEOUT_S = 30.0
 REPORT_INTERVAL_BYTES = 128 << 20
 """VolumeCopy sends a message each time the data file has got this much further."""
 MAX_VIF_BYTES = 1 << 20
-PUSH_SILENCE_LIMIT_S = 600.0
-"""How long a client that pushes a file may pause."""
+CLIENT_SILENCE_LIMIT_S = 600.0
+"""How long a client may take nothing of what is sent to it, or push nothing: then its call is cut."""
+CUT_TOLD_WITHIN_S = 0.25
 PAUSE_STEP_S = 0.25
 
 
 # -- one file ---------------------------------------------------------------------------------------------------------
+
+
+def sending(call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+    """The messages of a long stream, for as long as the client takes them. Raises CallEnded once it has gone."""
+    watch = Watch(CLIENT_SILENCE_LIMIT_S, call.context.cancel)
+    try:
+        for message in messages:
+            with watch:
+                yield message
+            call.check()
+    finally:
+        watch.stop()
 
 
 def copy_file(call: Call, request: Any) -> Iterator[Any]:
@@ -55,13 +69,16 @@ def copy_file(call: Call, request: Any) -> Iterator[Any]:
     if source is None:
         return
     with source:
-        modified_ts_ns = source.modified_ts_ns
-        for piece in source.pieces(request.stop_offset):
-            yield wire.file_piece(piece, modified_ts_ns)
-            modified_ts_ns = 0
-            call.check()
-        if modified_ts_ns:
-            yield wire.file_piece(b"", modified_ts_ns)
+        yield from sending(call, _file_messages(source, request.stop_offset))
+
+
+def _file_messages(source: copy.OutgoingFile, stop_offset: int) -> Iterator[bytes]:
+    modified_ts_ns = source.modified_ts_ns
+    for piece in source.pieces(stop_offset):
+        yield wire.file_piece(piece, modified_ts_ns)
+        modified_ts_ns = 0
+    if modified_ts_ns:
+        yield wire.file_piece(b"", modified_ts_ns)
 
 
 def receive_file(call: Call, requests: Iterator[Any]) -> Any:
@@ -71,8 +88,10 @@ def receive_file(call: Call, requests: Iterator[Any]) -> Any:
     the sum.
     """
     target: copy.IncomingFile | None = None
-    written = 0
-    watch = Watch(PUSH_SILENCE_LIMIT_S, call.context.cancel)
+    written = announced = 0
+    ended = Event()
+    call.on_end(ended.set)
+    watch = Watch(CLIENT_SILENCE_LIMIT_S, call.context.cancel)
     try:
         while True:
             try:
@@ -86,7 +105,7 @@ def receive_file(call: Call, requests: Iterator[Any]) -> Any:
             if kind == "info":
                 if target is not None:
                     _complete(target)
-                target = _begin_file(call, message.info)
+                target, announced = _begin_file(call, message.info), message.info.file_size
             elif kind != "file_content":
                 return pb.ReceiveFileResponse(error="unknown message type")
             elif target is None:
@@ -97,8 +116,13 @@ def receive_file(call: Call, requests: Iterator[Any]) -> Any:
                 except StorageError as exc:
                     return pb.ReceiveFileResponse(error=f"failed to write file: {exc}")
                 written += len(message.file_content)
-        call.check()
         if target is not None:
+            # The library ends the requests of a call that was cut as it ends those of a client that has sent all, and
+            # tells which it was only a moment later.
+            if target.bytes_written != announced:
+                ended.wait(CUT_TOLD_WITHIN_S)
+            if watch.fired or ended.is_set():
+                raise CallEnded("failed to receive stream: context canceled")
             try:
                 _complete(target)
             except StorageError as exc:
@@ -148,9 +172,7 @@ def volume_incremental_copy(call: Call, request: Any) -> Iterator[Any]:
         start = files.find_since(request.since_ns)
         if start is None:
             return
-        for piece in files.raw(start):
-            yield wire.file_piece(piece)
-            call.check()
+        yield from sending(call, (wire.file_piece(piece) for piece in files.raw(start)))
 
 
 # -- a volume ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pyvolume.errors import PyvolumeError, StorageError, VolumeClosed
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.grpc import wire
 from pyvolume.server.grpc.calls import Call, Handler
-from pyvolume.server.grpc.copy import peer_address
+from pyvolume.server.grpc.copy import peer_address, sending
 from pyvolume.server.grpc.status import Refusal
 from pyvolume.server.grpc.sync import volume_or_not_found
 from pyvolume.server.pull import PeerLink
@@ -65,9 +65,7 @@ def _send_since(call: Call, volume: Volume, since_ns: int) -> Generator[Any, Non
         if start is None:
             yield frame.heartbeat()
             return since_ns
-        for piece in files.records(start):
-            yield frame.piece(*piece)
-            call.check()
+        yield from sending(call, (frame.piece(*piece) for piece in files.records(start)))
         return max(since_ns, files.last_append_ns)
 
 
