@@ -15,6 +15,7 @@ import jwt
 from jwt.algorithms import HMACAlgorithm
 
 _ALGORITHMS = ("HS256", "HS384", "HS512")
+_MAPPED_BITS = 96  # of an IPv6 address that holds an IPv4 one
 _BEARER_PREFIX_LENGTH = 7  # "Bearer" and the character after it, whatever that is
 
 
@@ -97,6 +98,17 @@ class _Listed:
     networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
+def _unmapped(
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
+) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """A network of mapped addresses (`::ffff:10.0.0.0/104`) as the IPv4 network it is, since peers come as IPv4."""
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= _MAPPED_BITS:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((int(mapped), network.prefixlen - _MAPPED_BITS))
+    return network
+
+
 def compile_white_list(entries: tuple[str, ...]) -> _Listed:
     """Splits entries into exact texts and networks. Bad networks are the configuration's business: skipped here."""
     texts: set[str] = set()
@@ -106,7 +118,7 @@ def compile_white_list(entries: tuple[str, ...]) -> _Listed:
             texts.add(entry)
             continue
         try:
-            networks.append(ipaddress.ip_network(entry, strict=False))
+            networks.append(_unmapped(ipaddress.ip_network(entry, strict=False)))
         except ValueError:
             continue
     return _Listed(frozenset(texts), tuple(networks))
