@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from pyvolume.errors import PyvolumeError
-from pyvolume.ops import gz, manifest
+from pyvolume.ops import manifest
 from pyvolume.ops.peers import PeerError
 
 
@@ -70,10 +71,10 @@ def test_what_is_no_manifest(data: bytes, text: str) -> None:
 
 def test_packed_manifests() -> None:
     text = b'{"name":"x"}'
-    assert manifest.load(gz.compress(text), True).name == "x"
+    assert manifest.load(gzip.compress(text), True).name == "x"
     assert manifest.load(memoryview(text), True).name == "x", "marked as packed, but it is not"
     with pytest.raises(manifest.ManifestError, match="unexpected end of JSON input"):
-        manifest.load(gz.compress(text)[:-4], True)
+        manifest.load(gzip.compress(text)[:-4], True)
 
 
 @dataclass
