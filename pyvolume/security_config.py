@@ -206,9 +206,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def load_optional(settings: Settings, base: str, config_dir: str, environ: Mapping[str, str]) -> None:
-    """Searches, reads and merges one base name. A missing or broken file is logged and otherwise passed over.
-
-    SecurityError for a security file in a format that only upstream reads.
+    """Searches, reads and merges one base name. A missing file is fine; a broken one is logged and passed over, but for
+    the security file: SecurityError, as for one in a format that only upstream reads.
     """
     directories = search_directories(config_dir, environ)
     path = find_file(base, directories)
@@ -225,6 +224,8 @@ def load_optional(settings: Settings, base: str, config_dir: str, environ: Mappi
     try:
         settings.merge(read_file(path), path)
     except SettingsFileError as exc:
+        if base == "security":
+            raise SecurityError(f"{path}: {exc}") from exc
         _log.warning("Reading %s: %s. Skipping optional configuration.", path, exc)
         return
     _log.log(V1, "Reading %s.toml from %s", base, path)

@@ -94,10 +94,25 @@ def test_missing_file_is_fine_and_mentioned_at_v1(tmp_path: Path, caplog: pytest
     assert caplog.records[0].levelno == V1
 
 
-def test_unparsable_file_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert loader(tmp_path, "[jwt.signing\n").load() == SecurityConfig()
+def test_unparsable_security_file_is_refused(tmp_path: Path) -> None:
+    text = refusal(tmp_path, "[jwt.signing\n")
+    assert text.startswith(f"{tmp_path}/conf/security.toml: While parsing config:")
+
+
+def test_unparsable_security_file_at_a_reload_changes_nothing(tmp_path: Path) -> None:
+    made = loader(tmp_path, BOTH_KEYS)
+    first = made.load()
+    (tmp_path / "conf" / "security.toml").write_text('[jwt.signing]\nkey = "new"\n[guard\n')
+    with pytest.raises(SecurityError, match="While parsing config"):
+        made.reload(first)
+    assert made.settings.text("jwt.signing.key") == "w"
+
+
+def test_unparsable_volume_file_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "conf" / "volume.toml").write_text("[volume\n")
+    assert loader(tmp_path).load_disk_probe() == DiskProbeConfig()
     assert caplog.records[0].levelno == logging.WARNING
-    assert caplog.messages[0].startswith(f"Reading {tmp_path}/conf/security.toml: While parsing config:")
+    assert caplog.messages[0].startswith(f"Reading {tmp_path}/conf/volume.toml: While parsing config:")
     assert caplog.messages[0].endswith(". Skipping optional configuration.")
 
 
@@ -430,13 +445,6 @@ def test_reload_with_a_bad_white_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "conf" / "security.toml").write_text('[guard]\nwhite_list = "nonsense"\n')
     with pytest.raises(SecurityError):
         made.reload(first)
-
-
-def test_reload_of_a_broken_file_keeps_the_values(tmp_path: Path) -> None:
-    made = loader(tmp_path, BOTH_KEYS)
-    first = made.load()
-    (tmp_path / "conf" / "security.toml").write_text("[broken")
-    assert made.reload(first) == first
 
 
 # --- volume.toml (2.3) -----------------------------------------------------------------------------------------------
