@@ -1,0 +1,293 @@
+"""Bugs that the crash traces and fault walks of tests/crash found, each with the smallest case that shows it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from storage_util import COOKIE, config_of, create, data_of, load, put, record, rows_in, write_index, write_volume
+
+from pyvolume import faults
+from pyvolume._native import engine
+from pyvolume._native.compact import Compaction
+from pyvolume.errors import DiskError, NeedleNotFound
+from pyvolume.storage import compact, compact_recovery, volume_load
+from pyvolume.storage.disk_location import DiskLocation
+from pyvolume.storage.volume import Volume
+
+ROW = 16
+
+
+def filled(directory: Path, keys: range = range(1, 9)) -> Volume:
+    volume = create(directory)
+    for key in keys:
+        put(volume, key, b"data %d" % key)
+    return volume
+
+
+def absent(volume: Volume, key: int) -> bool:
+    try:
+        volume.read_needle(key)
+    except NeedleNotFound:
+        return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------- at load
+
+
+def test_hole_in_index_hides_no_needle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A page of .idx that a power cut lost, with later rows behind it: only the end of the index was looked at."""
+    filled(tmp_path).close()
+    idx = tmp_path / "3.idx"
+    rows = idx.read_bytes()
+    idx.write_bytes(rows[: 2 * ROW] + bytes(3 * ROW) + rows[5 * ROW :])
+    with caplog.at_level(logging.INFO):
+        volume = load(tmp_path, 3)
+    assert [data_of(volume, key) for key in range(1, 9)] == [b"data %d" % key for key in range(1, 9)]
+    assert not volume.is_read_only and absent(volume, 0)
+    assert "3 rows of zeros" in caplog.text and "the first is row 2" in caplog.text
+    assert len((tmp_path / f"3.idx.torn-{2 * ROW}").read_bytes()) == len(rows)
+    volume.close()
+    caplog.clear()
+    load(tmp_path, 3).close()
+    assert "rows of zeros" not in caplog.text
+
+
+def test_hole_in_index_stays_with_repair_off(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    idx = tmp_path / "3.idx"
+    rows = idx.read_bytes()
+    idx.write_bytes(rows[: 2 * ROW] + bytes(3 * ROW) + rows[5 * ROW :])
+    before = idx.read_bytes()
+    load(tmp_path, 3, repair=False).close()
+    assert idx.read_bytes() == before
+
+
+def test_hole_that_cannot_be_mended_makes_read_only(tmp_path: Path) -> None:
+    """Else needles that the hole hides could be written anew as if they had never been."""
+    filled(tmp_path).close()
+    idx = tmp_path / "3.idx"
+    rows = idx.read_bytes()
+    idx.write_bytes(rows[: 2 * ROW] + bytes(3 * ROW) + rows[5 * ROW :])
+    with faults.set_points("index.rename=error:EIO"):
+        volume = load(tmp_path, 3)
+    assert volume.is_read_only
+    volume.close()
+    volume = load(tmp_path, 3)
+    assert not volume.is_read_only and data_of(volume, 4) == b"data 4"
+    volume.close()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_cut_in_last_padding_is_filled_up(tmp_path: Path, indexed: bool) -> None:
+    """A kill in the middle of the append of a delete left a volume read-only."""
+    volume = filled(tmp_path)
+    volume.delete_needle(5, COOKIE, volume.read_needle(5).checksum)
+    volume.close()
+    dat, idx = tmp_path / "3.dat", tmp_path / "3.idx"
+    whole = dat.read_bytes()
+    dat.write_bytes(whole[:-3])
+    if not indexed:
+        idx.write_bytes(idx.read_bytes()[:-ROW])
+    volume = load(tmp_path, 3)
+    assert not volume.is_read_only and absent(volume, 5)
+    volume.close()
+    assert dat.read_bytes() == whole
+
+
+def test_zeros_and_half_a_header_are_no_needle(tmp_path: Path) -> None:
+    """Behind a hole in .dat, the end of one record read as a header gave an empty file with id 0."""
+    records = [record(1, b"first"), bytes(40) + (1 << 40).to_bytes(8, "big") + bytes(16), record(2, b"second" * 9)]
+    offsets = write_volume(tmp_path, records)
+    write_index(tmp_path, [(1, offsets[0], engine.parse_needle(records[0], 3).size)])
+    volume = load(tmp_path, 3)
+    assert data_of(volume, 1) == b"first"
+    assert [row.key for row in volume.handle.entries(10)] in ([1], [1, 2])
+    volume.close()
+
+
+def test_delete_of_a_lost_needle_is_no_empty_file(tmp_path: Path) -> None:
+    """A record without data but with a checksum is a delete, also if what it deletes was lost with its page."""
+    volume = create(tmp_path)
+    put(volume, 1, b"stays")
+    begin = volume.dat_bytes
+    put(volume, 2, b"lost" * 20)
+    end = volume.dat_bytes
+    volume.delete_needle(2, COOKIE, volume.read_needle(2).checksum)
+    volume.close()
+    dat, idx = tmp_path / "3.dat", tmp_path / "3.idx"
+    content = bytearray(dat.read_bytes())
+    content[begin + 20 : end - 12] = bytes(end - begin - 32)  # the header stays, its data is gone
+    dat.write_bytes(content)
+    idx.write_bytes(idx.read_bytes()[:ROW])
+    volume = load(tmp_path, 3)
+    assert data_of(volume, 1) == b"stays"
+    assert absent(volume, 2)
+    assert rows_in(idx)[-1][2] == -1
+    volume.close()
+
+
+def test_empty_file_is_still_indexed_as_one(tmp_path: Path) -> None:
+    volume = filled(tmp_path)
+    put(volume, 20, b"")
+    volume.close()
+    idx = tmp_path / "3.idx"
+    idx.write_bytes(idx.read_bytes()[:-ROW])
+    volume = load(tmp_path, 3)
+    assert volume.read_needle(20).empty
+    volume.close()
+
+
+def test_new_volume_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The super block was written but not flushed: a created volume could come back as `not initialized`."""
+    order: list[str] = []
+    sync, save = engine.Volume.sync, volume_load._save_first_info
+
+    def noted_sync(handle: engine.Volume) -> None:
+        order.append("data")
+        sync(handle)
+
+    def noted_save(volume: Volume) -> None:
+        order.append("info")
+        save(volume)
+
+    monkeypatch.setattr(engine.Volume, "sync", noted_sync)
+    monkeypatch.setattr(volume_load, "_save_first_info", noted_save)
+    create(tmp_path).close()
+    assert order == ["data", "info"]
+
+
+# -------------------------------------------------------------------------------------------------------------- vacuum
+
+
+def test_marker_that_stayed_does_not_commit_the_next_copy(tmp_path: Path) -> None:
+    """A crash during the next vacuum would have put a half-made copy in place of the volume."""
+    volume = filled(tmp_path)
+    assert compact.compact(volume) is not None
+    with faults.set_points("compact.remove_marker=error:EIO"):
+        assert compact.commit(volume)
+    assert (tmp_path / "3.cpc").exists()
+    assert compact.compact(volume) is not None
+    assert not (tmp_path / "3.cpc").exists()
+    volume.close()
+
+
+def test_swap_with_a_failed_rename_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next vacuum removed .cpx, which was the only name of the index that the volume was using."""
+    volume = filled(tmp_path)
+    put(volume, 1, b"newer")
+    assert compact.compact(volume) is not None
+    commit, rename = Compaction.commit, os.rename
+    cut_off = True
+
+    def half_done(copy: Compaction) -> engine.NativeInfo:
+        assert commit(copy) is None
+        rename(tmp_path / "3.idx", tmp_path / "3.cpx")  # as if the second rename had failed
+        (tmp_path / "3.idx").write_bytes(b"")
+        return engine.NativeInfo(0, errno.EIO, 0, 0, 0, 0)
+
+    def failing(source: str, target: str) -> None:
+        if cut_off and str(source).endswith(".cpx"):
+            raise OSError(errno.EIO, "input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with monkeypatch.context() as patch:
+        patch.setattr(Compaction, "commit", half_done)
+        assert compact.commit(volume)
+    assert (tmp_path / "3.cpc").exists() and (tmp_path / "3.cpx").exists()
+    with pytest.raises(DiskError):
+        compact.compact(volume)
+    assert (tmp_path / "3.cpx").exists()
+    cut_off = False
+    assert compact.compact(volume) is not None
+    assert compact.commit(volume)
+    assert not (tmp_path / "3.cpc").exists()
+    put(volume, 30, b"after")
+    volume.close()
+    volume = load(tmp_path, 3)
+    assert (data_of(volume, 1), data_of(volume, 8), data_of(volume, 30)) == (b"newer", b"data 8", b"after")
+    volume.close()
+
+
+def test_mount_finishes_a_decided_swap(tmp_path: Path) -> None:
+    """Only a start of the server did: a mount served new data with the old index."""
+    volume = filled(tmp_path)
+    volume.delete_needle(2, COOKIE, volume.read_needle(2).checksum)
+    assert compact.compact(volume) is not None
+    volume.close()
+    (tmp_path / "3.cpc").touch()
+    os.rename(tmp_path / "3.cpd", tmp_path / "3.dat")
+    location = DiskLocation(config_of(tmp_path).dirs[0])
+    mounted = location.load_one(3)
+    assert mounted is not None and not mounted.is_read_only
+    assert data_of(mounted, 8) == b"data 8" and absent(mounted, 2)
+    assert not (tmp_path / "3.cpc").exists() and not (tmp_path / "3.cpx").exists()
+    mounted.close()
+    location.release()
+
+
+def test_copy_without_the_last_flushed_write_is_not_taken_over(tmp_path: Path) -> None:
+    """A record whose row was lost is no less acknowledged: what looks like an offline compact lacks it."""
+    volume = filled(tmp_path)
+    assert compact.compact(volume) is not None
+    put(volume, 50, b"flushed")
+    volume.close()
+    idx = tmp_path / "3.idx"
+    idx.write_bytes(idx.read_bytes()[:-ROW])
+    os.utime(tmp_path / "3.cpx")
+    compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
+    assert not (tmp_path / "3.cpd").exists()
+    volume = load(tmp_path, 3)
+    assert data_of(volume, 50) == b"flushed"
+    volume.close()
+
+
+def test_damaged_copy_is_not_taken_over(tmp_path: Path) -> None:
+    """Its index was whole, the pages of its data were not on disk yet."""
+    volume = filled(tmp_path)
+    assert compact.compact(volume) is not None
+    volume.close()
+    cpd = tmp_path / "3.cpd"
+    content = bytearray(cpd.read_bytes())
+    content[100:160] = bytes(60)
+    cpd.write_bytes(content)
+    os.utime(tmp_path / "3.cpx")
+    compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
+    assert not cpd.exists()
+    volume = load(tmp_path, 3)
+    assert [data_of(volume, key) for key in range(1, 9)] == [b"data %d" % key for key in range(1, 9)]
+    volume.close()
+
+
+def test_sound_copy_is_taken_over(tmp_path: Path) -> None:
+    """The same files, undamaged: this is what the offline command leaves (P3)."""
+    volume = filled(tmp_path)
+    assert compact.compact(volume) is not None
+    volume.close()
+    os.utime(tmp_path / "3.cpx")
+    compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
+    assert not (tmp_path / "3.cpd").exists()
+    volume = load(tmp_path, 3)
+    assert volume.compaction_revision == 1
+    volume.close()
+
+
+def test_repair_refused_leaves_no_temporary(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    idx, dat = tmp_path / "3.idx", tmp_path / "3.dat"
+    rows = idx.read_bytes()
+    idx.write_bytes(rows[: 2 * ROW] + bytes(ROW) + rows[3 * ROW :])
+    offset = rows_in(idx)[1][1]
+    content = bytearray(dat.read_bytes())
+    content[offset + 20 : offset + 24] = b"\xff" * 4
+    dat.write_bytes(content)
+    before = idx.read_bytes()
+    volume = load(tmp_path, 3)
+    assert volume.is_read_only
+    assert idx.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    volume.close()
