@@ -580,9 +580,10 @@ def test_a_source_that_cannot_be_had_keeps_the_old_replica(source: Server, targe
     answer = copy_volume(target, 3, source.address)
     text = "read volume file status failed, rpc error: code = Unknown desc = not found volume id 3"
     assert (answer.code, answer.details) == (Code.UNKNOWN, text)
-    answer = copy_volume(target, 3, "127.0.0.1:1.1")
-    assert answer.code is Code.UNAVAILABLE
-    assert answer.details.startswith("read volume file status failed, rpc error: code = Unavailable desc = ")
+    for address in ("127.0.0.1:1.1", ""):
+        answer = copy_volume(target, 3, address)
+        assert answer.code is Code.UNAVAILABLE
+        assert answer.details.startswith("read volume file status failed, rpc error: code = Unavailable desc = ")
     for address in ("127.0.0.1:nonsense", "127.0.0.1", "127.0.0.1:99999"):
         answer = copy_volume(target, 3, address)
         assert answer.code is Code.INVALID_ARGUMENT, address

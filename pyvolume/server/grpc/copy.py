@@ -196,7 +196,7 @@ def volume_copy(call: Call, request: Any) -> Iterator[Any]:
     """
     store, vid, source = call.server.store, request.volume_id, request.source_data_node
     had_replica = store.has_volume(vid)
-    with PeerLink(call.server.master.channels, peer_address("source_data_node", source), call) as peer:
+    with _link(call, peer_address("source_data_node", source)) as peer:
         status = _source_status(call, peer, vid)
         disk_type = request.disk_type or status.disk_type
         with (
@@ -217,6 +217,13 @@ def volume_copy(call: Call, request: Any) -> Iterator[Any]:
             incoming.seal()
             store.replace_volume(vid, location, incoming.name, incoming.place)
     yield pb.VolumeCopyResponse(last_append_at_ns=last_append_at_ns)
+
+
+def _link(call: Call, source: str) -> PeerLink:
+    try:
+        return PeerLink(call.server.master.channels, source, call)
+    except RpcFailure as exc:
+        raise WrappedRpcFailure(exc, f"read volume file status failed, {exc}") from exc
 
 
 def _source_status(call: Call, peer: PeerLink, vid: int) -> copy.SourceStatus:
