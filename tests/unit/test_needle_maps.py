@@ -444,6 +444,11 @@ def next_revision(bed: Bed) -> None:
     path.write_bytes(content)
 
 
+def a_copy_for_the_next_revision(bed: Bed) -> None:
+    next_revision(bed)
+    os.rename(bed.directory / "3.rocks" / "00000", bed.directory / "3.rocks" / "00007")
+
+
 def cut_tables(bed: Bed) -> None:
     for path in (bed.directory / "3.rocks" / "00000").glob("*.sst"):
         os.truncate(path, path.stat().st_size // 2)
@@ -493,6 +498,7 @@ def spoil_state(bed: Bed) -> None:
         shorten,
         other_rows,
         next_revision,
+        a_copy_for_the_next_revision,
         cut_tables,
         zero_tables,
         remove("CURRENT"),
@@ -992,6 +998,25 @@ def test_readers_and_writers_run_through_vacuums(disk: Bed) -> None:
 
 
 # ------------------------------------------------------------------------------------------ kinds on disk: the volume
+
+
+def test_a_look_up_that_meets_the_end_of_its_map_takes_the_next_one(disk: Bed) -> None:
+    volume = disk.create()
+    put(volume, 1, b"one")
+    handle = volume.handle
+    assert isinstance(handle, MappedVolume)
+    current = handle.map
+
+    class Ended:
+        def get(self, key: int) -> None:
+            handle._map = current
+            raise needle_map._closed_error()
+
+    handle._map = Ended()  # type: ignore[assignment]
+    assert data_of(volume, 1) == b"one"
+    handle._map = Ended()  # type: ignore[assignment]
+    put(volume, 1, b"two")
+    assert current.get(1) == handle.lookup(1)[:2]
 
 
 def test_marks_change_the_kind_of_map(disk: Bed) -> None:
