@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pyvolume import faults, log
 from pyvolume.config import ConfigFatal, ParsedFlags, ServerConfig, build_config, error_text, join_host_port
 from pyvolume.errors import DirectoryInUse, PyvolumeError
-from pyvolume.security_config import START_STATUS, SecurityConfig, SecurityError, SecurityLoader
+from pyvolume.security_config import START_STATUS, DiskProbeConfig, SecurityConfig, SecurityError, SecurityLoader
 from pyvolume.server.context import ServerContext
 from pyvolume.server.signals import Inbox
 from pyvolume.version import full_version
@@ -133,6 +133,7 @@ class Process:
         self._reload_wanted = False
         self._reload_running = False
         self._loader: SecurityLoader | None = None
+        self._disk_probe = DiskProbeConfig()
         self._grpc: GrpcServer | None = None
         self._public: HttpServer | None = None
         self._admin: HttpServer | None = None
@@ -214,8 +215,7 @@ class Process:
             security = self._loader.load()
         except SecurityError as exc:
             log.exit_with(START_STATUS, "refusing to start: %s", exc)
-        if self._loader.load_disk_probe().enabled:
-            _log.warning("volume.disk.io.probe is accepted but does nothing yet: disks are watched by statfs only")
+        self._disk_probe = self._loader.load_disk_probe()
         return security
 
     def _start_observers(self, config: ServerConfig, metrics: ServerMetrics) -> None:
@@ -290,6 +290,7 @@ class Process:
         progress = Progress()
         try:
             store = Store(config)
+            store.watch_disks(self._disk_probe)
             started = time.monotonic()
             store.load(progress)
         except DirectoryInUse as exc:

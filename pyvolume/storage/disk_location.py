@@ -22,6 +22,7 @@ from pyvolume.config import DirConfig
 from pyvolume.errors import StorageError
 from pyvolume.faults import fault
 from pyvolume.log import V1, V2
+from pyvolume.security_config import DiskProbeConfig
 from pyvolume.storage import compact_recovery, disk_space, ec_files, files, vif
 from pyvolume.storage.dir_lock import DirectoryLock, lock_directory
 from pyvolume.storage.disk_space import DiskProbe, DiskUsage
@@ -63,7 +64,7 @@ class DiskLocation:
         self.is_low = False
         """Whether free space is below the reserve: all volumes here refuse writes. Set by check_free_space only."""
         self.is_unavailable = False
-        """Whether the disk stopped answering: it takes no new volumes and is left out of heartbeats."""
+        """Whether the disk stopped answering, or takes writes badly: no new volumes, left out of heartbeats."""
         self.available_bytes = 0
         self.usage = DiskUsage(self.directory)
         self.options = options if options is not None else LoadOptions()
@@ -78,6 +79,10 @@ class DiskLocation:
 
     def __repr__(self) -> str:
         return f"<DiskLocation {self.disk_id} {self.directory}>"
+
+    def watch(self, config: DiskProbeConfig) -> None:
+        """How the disk is watched from now on (volume.toml); forgets what was seen. Not while check_free_space runs."""
+        self._probe = DiskProbe.configured(self.directory, config)
 
     # ------------------------------------------------------------------------------------------------- lock, identity
 
@@ -165,7 +170,8 @@ class DiskLocation:
     def check_free_space(self) -> bool:
         """Takes new figures of the disk; true if its volumes became read-only or writable by that.
 
-        To be called at start and each minute. Waits at most half a second for the disk, then for appends under way.
+        To be called at start and each minute. Waits at most half a second for the disk (and, if its writes are probed,
+        the time that volume.toml gives these), then for appends under way.
         Upstream: CheckDiskSpace.
         """
         usage = self._probe.check()

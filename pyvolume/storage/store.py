@@ -33,6 +33,7 @@ from pyvolume.errors import (
     from_os_error,
 )
 from pyvolume.faults import fault
+from pyvolume.security_config import DiskProbeConfig
 from pyvolume.storage import compact, copy, files, vif
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.ec import encode
@@ -152,7 +153,7 @@ class Store:
         self.locations = [
             DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
         ]
-        self.ec = EcMembers(self.locations, self._ids.hold, self._notify)
+        self.ec = EcMembers(self.locations, self._ids.hold, self._ids.attempt, self._notify)
         self.state = StateFile(self.locations[0].idx_directory if self.locations else ".")
 
     # ------------------------------------------------------------------------------------------------- start and stop
@@ -690,6 +691,18 @@ class Store:
             maps.flush_all()
             if hour:
                 maps.tick_hour()
+
+    def watch_disks(self, probe: DiskProbeConfig) -> None:
+        """How the disks are watched (volume.toml). To be called before `load`.
+
+        Quirk: with several directories nothing is written to them, only statfs is watched.
+        """
+        if probe.enabled and len(self.locations) > 1:
+            names = " ".join(location.directory for location in self.locations)
+            log.warning("disk IO probe is disabled for multiple volume directories: [%s]", names)
+            probe = replace(probe, enabled=False)
+        for location in self.locations:
+            location.watch(probe)
 
     def check_free_space(self) -> None:
         """Looks at every disk, all at once; to be called each minute. Waits half a second for a dead one."""
