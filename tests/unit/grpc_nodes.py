@@ -17,6 +17,7 @@ from pyvolume.server.context import ServerContext
 from pyvolume.server.grpc.service import make_grpc_server
 from pyvolume.server.master_client import MasterClient
 from pyvolume.server.rpc import VOLUME_SERVICE, method_classes
+from pyvolume.storage.ec.volume import EcShardsInfo
 from pyvolume.storage.store import Store
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo
 from pyvolume.types import ReplicaPlacement
@@ -61,7 +62,7 @@ class Server:
         self.client = VolumeClient(self.grpc.port)
         self.address = f"127.0.0.1:1.{self.grpc.port}"
 
-    def _note(self, kind: str, info: VolumeShortInfo) -> None:
+    def _note(self, kind: str, info: VolumeShortInfo | EcShardsInfo) -> None:
         self.news.append((kind, info.id))
 
     def call(self, name: str, timeout_s: float = 20.0, **fields: Any) -> Answer:

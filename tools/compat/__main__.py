@@ -26,6 +26,11 @@ def read_gaps(path: Path | None) -> set[str]:
     return {line for line in lines if line}
 
 
+def _has_volume(data: Path) -> bool:
+    """Whether there is a plain or an erasure coded volume in a directory."""
+    return any(any(data.glob(pattern)) for pattern in ("*.dat*", "*.ec00*"))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compat", description=__doc__)
     default = f"{shlex.quote(sys.executable)} -m pyvolume"
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             for fixture in sorted((args.data / "go-4.44").iterdir()):
                 if not (fixture / "manifest.json").exists() or f"volume:{fixture.name}" in gaps:
                     continue
-                if not any((fixture / "data").glob("*.dat*")) or (wanted and fixture.name not in wanted):
+                if not _has_volume(fixture / "data") or (wanted and fixture.name not in wanted):
                     continue
                 volumes.check(fixture, args.server, report, gaps)
         if only_http or not wanted:

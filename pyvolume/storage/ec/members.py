@@ -69,10 +69,12 @@ class EcMembers:
         self,
         locations: Sequence[Location],
         hold: Callable[[int], AbstractContextManager[None]],
+        attempt: Callable[[int], AbstractContextManager[bool]],
         notify: Callable[[EcChangeKind, EcShardsInfo], None],
     ) -> None:
         self._locations = locations
         self._hold = hold
+        self._attempt = attempt
         self._notify = notify
         self._lock = threading.Lock()
         self._tables: list[dict[int, EcVolume]] = [{} for _ in locations]
@@ -318,10 +320,10 @@ class EcMembers:
         for volume in self.volumes():
             if not 0 < volume.expire_at_s < now:
                 continue
-            with self._hold(volume.vid):
+            with self._attempt(volume.vid) as got:
                 location = self._locations[volume.disk_id]
-                if self._table(location).get(volume.vid) is not volume:
-                    continue
+                if not got or self._table(location).get(volume.vid) is not volume:
+                    continue  # somebody else is at it; the next heartbeat looks again
                 gone.append(volume.info())
                 self._destroy(location, volume)
                 log.info("ec volume %d has expired and is deleted", volume.vid)
