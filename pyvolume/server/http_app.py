@@ -46,7 +46,7 @@ from pyvolume.ops.message import (
 from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
-from pyvolume.server import http_pages, profiling
+from pyvolume.server import http_pages, profiling, ui
 from pyvolume.server.address import join_host_port, with_grpc_port
 from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
@@ -333,9 +333,15 @@ class App:
         if endpoint == "health":
             return _framed(start_response, self._health(headers))
         if endpoint == "ui":
+            asked = Query(query)
+            headers += ui.HEADERS
+            if asked.get(b"format") == b"json":
+                part = (asked.get(b"part") or b"").decode("latin-1")
+                return _framed(
+                    start_response, Response(200, [*headers, *JSON_HEADERS], ui.figures(self._context, part))
+                )
             headers.append(("Content-Type", "text/html; charset=utf-8"))
-            page = http_pages.ui_page(self._context, self._counts)
-            return _framed(start_response, Response(200, headers, page))
+            return _framed(start_response, Response(200, headers, ui.page(self._context, self._counts)))
         headers += JSON_HEADERS
         document = gojson.dumps(http_pages.status(self._context), pretty=bool(Query(query).get(b"pretty")))
         return _framed(start_response, Response(200, headers, document))

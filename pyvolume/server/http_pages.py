@@ -1,4 +1,4 @@
-"""Pages about the server itself: /status, the UI page, and the static files it uses (contract http.md 12).
+"""Pages about the server itself: /status, counts for the UI, and the static files (contract http.md 12).
 
 Markup and assets are our own. Static files go through Werkzeug for ranges. Must not import http_app.
 """
@@ -10,7 +10,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.exceptions import RequestedRangeNotSatisfiable
@@ -18,6 +17,7 @@ from werkzeug.wrappers import Response as PageResponse
 
 from pyvolume.errors import StorageError
 from pyvolume.ops import gojson
+from pyvolume.server.ui import assets
 from pyvolume.storage.disk_space import disk_usage
 from pyvolume.types import Ttl, readable_disk_type
 from pyvolume.version import full_version
@@ -137,77 +137,6 @@ class ReadCounts:
             yield name, [self._slots[span][(latest + 1 + place) % count] for place in range(count)]
 
 
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if value < 1024:
-            return f"{value:.2f} {unit}"
-    return f"{value / 1024:.2f} PiB"
-
-
-def _up_time(seconds: int) -> str:
-    hours, rest = divmod(seconds, 3600)
-    minutes, left = divmod(rest, 60)
-    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{left}s"
-
-
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<h2>{escape(title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
-
-
-def ui_page(context: ServerContext, counts: ReadCounts) -> bytes:
-    """The page of /ui/index.html. Blocks on the disks as `status` does."""
-    document = status(context)
-    version = escape(document["Version"])
-    disks = [
-        (
-            disk["dir"],
-            disk.get("disk_type", "hdd"),
-            _size(disk.get("all", 0)),
-            _size(disk.get("free", 0)),
-            f"{disk.get('percent_used', 0.0):.2f}%",
-        )
-        for disk in document["DiskStatuses"]
-    ]
-    system: list[tuple[str, str]] = [("Masters", f"[{' '.join(context.config.masters)}]")]
-    system += [(f"{name} # ReadRequests", ",".join(map(str, series))) for name, series in counts.series()]
-    system.append(("Up Time", _up_time(int(time.time() - context.started_at_s))))
-    volumes, remote = [], []
-    for row in document["Volumes"] or ():
-        trash = f"{row['DeleteCount']} / {_size(row['DeletedByteCount'])}"
-        ttl = str(Ttl(row["Ttl"]["Count"], row["Ttl"]["Unit"]))
-        if row["RemoteStorageName"]:
-            size = _size(row["Size"])
-            remote.append((row["Id"], row["Collection"], size, row["FileCount"], trash, row["RemoteStorageName"]))
-            continue
-        kind = row["DiskType"] or "hdd"
-        size = _size(row["Size"])
-        volumes.append(
-            (row["Id"], row["Collection"], kind, size, row["FileCount"], trash, ttl, row["ReadOnly"], row["Version"])
-        )
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>SeaweedFS {version}</title>\n'
-        f'<link rel="icon" href="/favicon.ico">\n<link rel="stylesheet" href="{STATIC_PREFIX}{_STYLE_NAME}">\n'
-        f"</head>\n<body>\n<h1>SeaweedFS volume server <small>{version}</small></h1>\n",
-        _table("Disk Stats", ("Path", "Disk", "Total", "Free", "Usage"), disks),
-        _table("System Stats", ("", ""), system),
-        _table(
-            "Volumes",
-            ("Id", "Collection", "Disk", "Data Size", "Files", "Trash", "TTL", "ReadOnly", "Version"),
-            volumes,
-        ),
-    ]
-    if remote:
-        parts.append(_table("Remote Volumes", ("Id", "Collection", "Size", "Files", "Trash", "Remote"), remote))
-    parts.append("</body>\n</html>\n")
-    return "".join(parts).encode("utf-8", "replace")
-
-
 # --------------------------------------------------------------------------------------------------------- static files
 
 STATIC_PREFIX = "/seaweedfsstatic/"
@@ -266,6 +195,7 @@ _FOLDER = bytes.fromhex("47494638396101000100800000f0b429ffffff2c000000000100010
 
 _FILES: Mapping[str, tuple[str, bytes]] = {
     "favicon.ico": ("image/x-icon", _icon()),
+    **assets(),
     "seaweed50x50.png": ("image/png", _png(50)),
     "images/folder.gif": ("image/gif", _FOLDER),
     _STYLE_NAME: ("text/css; charset=utf-8", _STYLE.encode()),

@@ -78,6 +78,14 @@ class Distribution:
             self._counts[place] += 1
             self._sum += value
 
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Many observations at once, counted elsewhere by the same bounds: one number per bound, and one for above."""
+        if len(counts) != len(self._counts):
+            raise ValueError("other bounds")
+        with self._lock:
+            self._counts = [mine + more for mine, more in zip(self._counts, counts, strict=True)]
+            self._sum += total
+
     def read(self) -> tuple[list[int], float]:
         """(cumulative counts of the bounds and of infinity, sum) of one moment."""
         with self._lock:
@@ -187,7 +195,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._families: dict[str, Family] = {}
-        self._refreshers: list[Callable[[], None]] = []
+        self._refreshers: list[tuple[Callable[[], None], bool]] = []
 
     def _add(self, family: Family) -> Family:
         if family.name in self._families:
@@ -204,17 +212,22 @@ class Registry:
     def histogram(self, name: str, help_text: str, bounds: tuple[float, ...], *labels: str) -> Family:
         return self._add(Family(name, "histogram", help_text, labels, bounds))
 
-    def refresh_with(self, refresher: Callable[[], None]) -> None:
-        """Calls `refresher` before families are gathered, on the gathering thread."""
-        self._refreshers.append(refresher)
+    def refresh_with(self, refresher: Callable[[], None], *, is_slow: bool = False) -> None:
+        """Calls `refresher` before families are gathered, on the gathering thread. A slow one only looks at states."""
+        self._refreshers.append((refresher, is_slow))
+
+    def refresh(self, *, counts_only: bool = False) -> None:
+        """Brings everything up to date, or what is counted elsewhere alone."""
+        for refresher, is_slow in self._refreshers:
+            if not (is_slow and counts_only):
+                refresher()
 
     def families(self) -> list[Family]:
         return [family for _, family in sorted(self._families.items())]
 
     def gather(self, names: Collection[str] = ()) -> list[Snapshot]:
         """Families by name, those without series left out; only the named ones if names are given."""
-        for refresher in self._refreshers:
-            refresher()
+        self.refresh()
         wanted = [family for family in self.families() if not names or family.name in names]
         return [snapshot for snapshot in (family.snapshot() for family in wanted) if snapshot is not None]
 

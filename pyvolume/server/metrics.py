@@ -135,8 +135,8 @@ class ServerMetrics(Events):
         self._store_figures: StoreFigures | None = None
         self._watched: list[Callable[[], None]] = []
         process = ProcessFigures(registry)
-        registry.refresh_with(process.refresh)
-        registry.refresh_with(self._refresh_watched)
+        registry.refresh_with(process.refresh, is_slow=True)
+        registry.refresh_with(self._refresh_watched, is_slow=True)
         self.history = History(self)
 
     # -- families -------------------------------------------------------------------------------------------------
@@ -651,6 +651,7 @@ class History:
 
     def sample(self) -> None:
         """Appends what happened since the last call. One thread only."""
+        self._metrics.registry.refresh(counts_only=True)
         now = time.monotonic()
         step, self._at = max(now - self._at, 1e-3), now
         point: dict[str, Any] = {"t": int(time.time())}

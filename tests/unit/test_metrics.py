@@ -609,3 +609,14 @@ def test_history_tells_rates_and_latencies(metrics: ServerMetrics) -> None:
     assert 0.1 < busy["reads"]["p50_ms"] <= busy["reads"]["p99_ms"] <= 0.2
     assert 204.8 < busy["writes"]["p99_ms"] <= 409.6
     assert after["reads"]["rate"] == 0
+
+
+def test_history_counts_what_is_counted_elsewhere_but_looks_at_no_state(metrics: ServerMetrics) -> None:
+    looked: list[str] = []
+    metrics.registry.refresh_with(lambda: metrics.request_ended("GET", 200, 0.001))
+    metrics.registry.refresh_with(lambda: looked.append("volumes"), is_slow=True)
+    metrics.history.sample()
+    assert metrics.history.points()[0]["reads"]["rate"] > 0
+    assert not looked
+    metrics.registry.gather()
+    assert looked == ["volumes"]
