@@ -132,7 +132,7 @@ def test_flags_that_cannot_be_served_are_fatal(tmp_path: Path, words: list[str],
 @pytest.mark.parametrize(
     ("toml", "text"),
     [
-        ('[https.volume]\ncert = "c"\nkey = "k"\n', "https.volume.cert in "),
+        ('[https.volume]\ncert = "c"\n', "https.volume.cert in "),
         ('[guard]\nwhite_list = "nonsense"\n', "guard.white_list in "),
     ],
 )
