@@ -19,9 +19,9 @@
  *   - A key with a pending record is taken: another write or delete of it waits. So for one key the order of records,
  *     rows and map entries is the same, and replaying .idx, or scanning .dat, gives the same newest state.
  *   - A loader that finds .idx behind .dat takes up the records behind the last indexed one. Rows that reached the disk
- *     are a prefix of .idx, so that finds every acknowledged record as long as rows stand in the order of records. If
- *     one behind ours got its row before us (max_row_end), or an earlier flush failed (a gap in .dat could stop the
- *     loader's scan), the leader also flushes .idx before it publishes.
+ *     are a prefix of .idx (the loader drops those behind a hole), so that finds every acknowledged record as long as
+ *     rows stand in the order of records. If one behind ours got its row before us (max_row_end), or an earlier flush
+ *     failed (a gap in .dat could stop the loader's scan), the leader also flushes .idx before it publishes.
  *   - The kernel reports a failed write-back once, and may count pages as clean after it. So all flushes of one handle
  *     go through flush_pending, and a failure fails every pending record, also those that joined during the flush.
  *   Failed records at the end of .dat are cut off. A failed record with others behind it stays as an orphan and is made
