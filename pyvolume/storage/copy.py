@@ -582,7 +582,7 @@ class IncomingVolume:
             fault("copy.seal")
             for directory in {self.location.directory, self.location.idx_directory}:
                 files.sync_dir(directory)
-            files.replace_file(self._base + MARKER, b"", point="copy.marker")
+            files.replace_file(self._base + MARKER, " ".join(self._files).encode("ascii"), point="copy.marker")
         except OSError as exc:
             raise from_os_error(exc, "write", self._base + MARKER) from exc
         self._whole = True
@@ -621,9 +621,13 @@ def recover(directory: str, idx_directory: str) -> None:
         base, extension = os.path.splitext(name)
         if extension == MARKER:
             _recover_sealed(directory, idx_directory, base)
+        elif extension == ".note":
+            _remove_lone_note(directory, base)
     for name in sorted(_list(directory)):
         stem, extension = os.path.splitext(name)
         base, part = os.path.splitext(stem)
+        if name.endswith(MARKER + ".tmp"):
+            _remove(f"{directory}/{name}")
         if extension not in (STAGED, RECEIVING) or not _EXTENSION.fullmatch(part):
             continue
         log.info("removing %s/%s of an interrupted copy", directory, name)
@@ -642,19 +646,36 @@ def _list(directory: str) -> list[str]:
 
 
 def _recover_sealed(directory: str, idx_directory: str, name: str) -> None:
-    paths = {
-        extension: f"{idx_directory if extension == '.idx' else directory}/{name}{extension}"
-        for extension in VOLUME_PARTS
-    }
+    marker = f"{directory}/{name}{MARKER}"
     try:
-        if not (files.exists(paths[".dat"]) and files.exists(paths[".idx"])):
+        with files.opened(marker) as fd:
+            listed = os.read(fd, 256).decode("ascii", "replace").split()
+        parts = {
+            extension: f"{idx_directory if extension == '.idx' else directory}/{name}{extension}"
+            for extension in VOLUME_PARTS
+            if extension in listed
+        }
+        waiting = [path for path in parts.values() if files.exists(path + STAGED)]
+        has_begun = len(waiting) < len(parts)
+        has_old = files.exists(f"{directory}/{name}.dat") and files.exists(f"{idx_directory}/{name}.idx")
+        if has_begun or not has_old:
             log.warning("finishing the copy of volume %s that a crash interrupted", name)
             _remove_index_caches(f"{idx_directory}/{name}")
-            for path in paths.values():
-                if files.exists(path + STAGED):
+            for path in waiting:
+                # Once the renames have begun nothing of the old replica is left: what is there now was made since.
+                if not (has_begun and files.exists(path)):
                     os.rename(path + STAGED, path)
             for place in {directory, idx_directory}:
                 files.sync_dir(place)
-        files.remove_if_exists(f"{directory}/{name}{MARKER}")
+        files.remove_if_exists(marker)
     except OSError as exc:
         log.error("cannot finish the copy of volume %s in %s: %s", name, directory, exc)
+
+
+def _remove_lone_note(directory: str, name: str) -> None:
+    """Removes a note, and the data it tells to be unfinished, where no loader would come by and do so."""
+    if any(files.exists(path) for path in (f"{directory}/{name}.idx", f"{directory}/{name}.vif")):
+        return
+    log.warning("volume %s in %s was not completed", name, directory)
+    for extension in (".dat", ".note"):
+        _remove(f"{directory}/{name}{extension}")

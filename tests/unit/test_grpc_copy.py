@@ -921,7 +921,7 @@ def test_a_sealed_copy_whose_replica_is_still_there_goes(source: Server, target:
     put(target.make(3), 1000, b"old")
     for extension in ("dat", "idx", "vif"):
         (target.directories[0] / f"3.{extension}.copying").write_bytes(b"a copy")
-    (target.directories[0] / "3.copied").write_bytes(b"")
+    (target.directories[0] / "3.copied").write_bytes(b".dat .idx .vif")
     fresh = reopen(target)
     try:
         volume = fresh.find_volume(3)
@@ -940,6 +940,30 @@ def test_working_files_of_a_crash_are_removed_and_others_left(target: Server) ->
     fresh = reopen(target)
     fresh.close()
     assert target.files() == {"notes.copying", "3.dat.copying.bak", "x.d-t.copying"}
+
+
+def test_what_was_made_since_a_crash_is_not_overwritten(source: Server, target: Server) -> None:
+    """Another server may have been at work on the directory in between."""
+    put(target.make(3), 1000, b"made since")
+    for extension in ("idx", "vif"):  # the data had been renamed
+        (target.directories[0] / f"3.{extension}.copying").write_bytes(b"a copy")
+    (target.directories[0] / "3.copied").write_bytes(b".dat .idx .vif")
+    fresh = reopen(target)
+    try:
+        volume = fresh.find_volume(3)
+        assert volume is not None
+        assert content(volume, 1000) == b"made since"
+        assert target.files() == {"3.dat", "3.idx", "3.vif"}
+    finally:
+        fresh.close()
+
+
+def test_notes_that_stand_alone_are_removed(target: Server) -> None:
+    put(target.make(4), 1, b"whole")
+    for name in ("3.note", "5.dat", "5.note"):
+        (target.directories[0] / name).write_bytes(b"copying from elsewhere")
+    reopen(target).close()
+    assert target.files() == {"4.dat", "4.idx", "4.vif"}
 
 
 def test_an_idx_directory_may_be_shared(tmp_path: Path) -> None:
