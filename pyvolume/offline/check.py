@@ -6,8 +6,10 @@ Changes nothing. May import common, storage, _native and the leaves.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from typing import Final
+import time
+from typing import Any, Final
 
 from pyvolume._native import engine
 from pyvolume._native.scrub import Scrub, ScrubFinding
@@ -33,6 +35,8 @@ from pyvolume.types import ReplicaPlacement
 
 _FIX: Final = "run `pyvolume fix`, or copy the volume from a replica"
 _REPLICA: Final = "copy the volume from a replica"
+_STATE_FORMAT: Final = "pyvolume check 1"
+_SAVE_INTERVAL_S: Final = 10.0
 _LEFTOVERS: Final[dict[str, tuple[Level, str, str]]] = {
     ".note": (
         "error",
@@ -57,11 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=positive_rate, default=0, metavar="MB", help="read at most so many MiB a second (0: no limit)"
     )
+    parser.add_argument(
+        "--state", default="", metavar="FILE", help="remember there how far the check has come, and go on from there"
+    )
 
 
 def run(job: Job) -> None:
     places: dict[int, str] = {}
     clean = 0
+    try:
+        state = _State(job.args.state)
+    except (OSError, ValueError) as exc:
+        job.fail(f"--state {job.args.state}: {exc}; delete the file to begin anew")
+        return
     for volume in for_each_volume(job, will_write=False):
         before = len(job.findings)
         facts: dict[str, object] = {"id": volume.vid, "collection": volume.collection, "path": volume.dat}
@@ -71,7 +83,7 @@ def run(job: Job) -> None:
                 remedy = "a server serves only the first: keep one, move the other away"
                 job.find(Finding("error", volume.dat, text, remedy))
             places.setdefault(volume.vid, volume.base)
-            facts |= check_volume(job, volume)
+            facts |= check_volume(job, volume, state)
         findings = [f for f in job.findings[before:] if f.level != "info"]
         facts["findings"] = len(findings)
         clean += not findings
@@ -79,7 +91,7 @@ def run(job: Job) -> None:
     job.say(f"{plural(len(job.volumes), 'volume')} checked, {clean} clean")
 
 
-def check_volume(job: Job, volume: VolumeFiles) -> dict[str, object]:
+def check_volume(job: Job, volume: VolumeFiles, state: _State) -> dict[str, object]:
     """Looks at one volume; what is found goes to the job. Raises OSError, StorageError, NativeError."""
     _check_leftovers(job, volume)
     known = _check_vif(job, volume)
@@ -103,7 +115,7 @@ def check_volume(job: Job, volume: VolumeFiles) -> dict[str, object]:
         if layout.dat_bytes > layout.block.block_bytes:
             job.find(Finding("error", volume.idx, "the index is missing", "run `pyvolume fix`"))
         return facts
-    return facts | _check_index(job, volume, layout)
+    return facts | _check_index(job, volume, layout, state)
 
 
 def _check_vif(job: Job, volume: VolumeFiles) -> vif.VifResult:
@@ -144,7 +156,7 @@ def _check_leftovers(job: Job, volume: VolumeFiles) -> None:
 # --------------------------------------------------------------------------------------------------- index and records
 
 
-def _check_index(job: Job, volume: VolumeFiles, layout: Layout) -> dict[str, object]:
+def _check_index(job: Job, volume: VolumeFiles, layout: Layout, state: _State) -> dict[str, object]:
     dat_end = -(-layout.dat_bytes // 8) * 8  # a cut in the last padding is none
     with files.opened(volume.dat) as dat_fd, files.opened(volume.idx) as idx_fd:
         summary = engine.idx_summarize(idx_fd, layout.width, layout.block.version, dat_end)
@@ -165,7 +177,7 @@ def _check_index(job: Job, volume: VolumeFiles, layout: Layout) -> dict[str, obj
             remedy = f"{_REPLICA}, or run `pyvolume fix` to give them up"
             job.find(Finding("error", volume.idx, text, remedy, key=summary.first_past_end_key))
         _check_tail(job, volume, layout, dat_fd, summary)
-        facts |= _scrub(job, volume, layout, (dat_fd, idx_fd), dat_end)
+        facts |= _scrub(job, volume, layout, (dat_fd, idx_fd), dat_end, state)
     return facts
 
 
@@ -200,17 +212,24 @@ def _check_tail(job: Job, volume: VolumeFiles, layout: Layout, dat_fd: int, summ
         job.find(Finding("error", volume.dat, text, remedy, end))
 
 
-def _scrub(job: Job, volume: VolumeFiles, layout: Layout, fds: tuple[int, int], dat_end: int) -> dict[str, object]:
-    look = Scrub.of_files(*fds, layout.width, layout.block.version, index_only=job.args.index_only, check_id=True)
-    found: list[ScrubFinding] = []
+def _scrub(
+    job: Job, volume: VolumeFiles, layout: Layout, fds: tuple[int, int], dat_end: int, state: _State
+) -> dict[str, object]:
+    offset, found = (0, []) if job.args.index_only else state.resume(volume.dat, fds)
+    look = Scrub.of_files(
+        *fds, layout.width, layout.block.version, index_only=job.args.index_only, check_id=True, resume_offset=offset
+    )
     with Progress(job, look.stat().total_rows, volume.name, "row") as progress:
         try:
             for stats in scrub.run(look, job.args.rate):
                 found += look.findings()
+                offset = max(offset, stats.position)
                 progress.to(stats.done_rows)
+                state.note(volume.dat, fds, offset, found)
             stats = look.stat()
         finally:
             look.close()
+            state.save()
     found = [f for f in found if f.error is None or (f.offset < dat_end and _record_end(f, layout) <= dat_end)]
     live = _live_offsets(fds[1], layout.width, {f.key for f in found})
     for f in found:
@@ -229,7 +248,7 @@ def _scrub(job: Job, volume: VolumeFiles, layout: Layout, fds: tuple[int, int], 
         else:
             text = f"an old record of needle {f.key:x}, overwritten or deleted since, cannot be read: {why}"
             job.find(Finding("warning", volume.dat, text, "nothing is lost; a vacuum removes it", f.offset, f.key))
-    return {"records_read": stats.checked_records, "unreadable": stats.bad_records}
+    return {"records_read": stats.checked_records, "unreadable": sum(f.error is not None for f in found)}
 
 
 def _record_end(found: ScrubFinding, layout: Layout) -> int:
@@ -247,3 +266,55 @@ def _live_offsets(idx_fd: int, width: int, keys: set[int]) -> dict[int, int]:
                 else:
                     live.pop(row.key, None)
     return live
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+
+
+class _State:
+    """How far the records of each volume were read, with what was found, in a file: a check of a large disk takes long.
+
+    What is in it counts only while the volume's files have the sizes and times that they had. Saved each few seconds
+    and when the check of a volume ends, however it ends. Without a path nothing is kept.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError, ValueError (no such file of ours)."""
+        self._path = path
+        self._volumes: dict[str, dict[str, Any]] = {}
+        self._saved_s = time.monotonic()
+        if path and files.exists(path):
+            with open(path, encoding="utf-8") as handle:
+                known = json.load(handle)
+            if not isinstance(known, dict) or known.get("format") != _STATE_FORMAT:
+                raise ValueError("this is not what an earlier check left")
+            self._volumes = known["volumes"]
+
+    @staticmethod
+    def _stamp(fds: tuple[int, int]) -> list[int]:
+        stats = [os.fstat(fd) for fd in fds]
+        return [number for st in stats for number in (st.st_ino, st.st_size, st.st_mtime_ns)]
+
+    def resume(self, dat_path: str, fds: tuple[int, int]) -> tuple[int, list[ScrubFinding]]:
+        """(offset from which records are still to be read, what was found before it)."""
+        known = self._volumes.get(os.path.abspath(dat_path))
+        if known is None or known["stamp"] != self._stamp(fds):
+            return 0, []
+        offset = int(known["offset"])
+        found = [ScrubFinding._make([*row[:-1], engine.NativeInfo(*row[-1])]) for row in known["found"]]
+        return offset, [f for f in found if f.offset < offset]
+
+    def note(self, dat_path: str, fds: tuple[int, int], offset: int, found: list[ScrubFinding]) -> None:
+        if not self._path or not offset:
+            return
+        unreadable = [f for f in found if f.error is not None]
+        self._volumes[os.path.abspath(dat_path)] = {"stamp": self._stamp(fds), "offset": offset, "found": unreadable}
+        if time.monotonic() - self._saved_s >= _SAVE_INTERVAL_S:
+            self.save()
+
+    def save(self) -> None:
+        """Raises DiskError, OSError."""
+        if self._path:
+            self._saved_s = time.monotonic()
+            text = json.dumps({"format": _STATE_FORMAT, "volumes": self._volumes})
+            files.replace_file(self._path, text.encode(), point="check.state")

@@ -13,6 +13,7 @@ from offline_util import answer, command, contents
 from storage_util import COOKIE, create, golden, put, rows_in, write_index
 from test_volume_load import WHOLE
 
+from pyvolume.storage import scrub
 from pyvolume.storage.dir_lock import lock_directory
 
 
@@ -168,6 +169,7 @@ def test_could_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 _HOLD = """
 import sys, time
+from pyvolume.storage import scrub
 from pyvolume.storage.dir_lock import lock_directory
 lock = lock_directory(sys.argv[1])
 print("held", flush=True)
@@ -209,3 +211,40 @@ def test_a_go_server_is_seen_by_its_open_files(tmp_path: Path, capsys: pytest.Ca
     finally:
         holder.communicate("")
     assert status == 2 and f"process {holder.pid}" in err and "3.dat open for writing" in err
+
+
+def test_goes_on_where_it_was_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, state = tmp_path / "data", tmp_path / "state"
+    volume = create(data)
+    for key in range(1, 100):
+        put(volume, key, bytes([key]) * 20_000)
+    volume.close()
+    rows = rows_in(data / "3.idx")
+    for row in (rows[2], rows[80]):
+        overwrite(data / "3.dat", row[1] + 500, b"\0\1")
+    whole = answer(capsys, "check", data)["findings"]
+    assert len(whole) == 2
+    monkeypatch.setattr(scrub, "STEP_BYTES", 300_000)
+    steps: list[int] = []
+
+    def interrupt(point: str) -> None:
+        if point == "scrub.step":
+            steps.append(1)
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(scrub, "fault", interrupt)
+    status, _, err = command(capsys, "check", "--state", state, data)
+    assert status == 2 and "interrupted" in err and state.exists()
+    said = answer(capsys, "check", "--state", state, data)
+    assert said["findings"] == whole
+    assert 20 < said["volumes"][0]["records_read"] < 90, "not those that were read before"
+    again = answer(capsys, "check", "--state", state, data)
+    assert again["findings"] == whole and again["volumes"][0]["records_read"] == 0
+    os.utime(data / "3.dat")
+    assert answer(capsys, "check", "--state", state, data)["volumes"][0]["records_read"] == 99
+    state.write_text("{}")
+    status, _, err = command(capsys, "check", "--state", state, data)
+    assert status == 2 and "not what an earlier check left" in err
