@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jwt
 from jwt.algorithms import HMACAlgorithm
+
+from pyvolume.log import V1
+
+_log = logging.getLogger(__name__)
 
 _ALGORITHMS = ("HS256", "HS384", "HS512")
 _MAPPED_BITS = 96  # of an IPv6 address that holds an IPv4 one
@@ -64,6 +69,12 @@ class _Tokens(jwt.PyJWT):
 
 
 _TOKENS = _Tokens()
+_REASONS = (
+    (jwt.ExpiredSignatureError, "token has invalid claims: token is expired"),
+    (jwt.ImmatureSignatureError, "token has invalid claims: token is not valid yet"),
+    (jwt.InvalidAlgorithmError, "token signature is invalid: signing method is invalid"),
+    (jwt.InvalidSignatureError, "token signature is invalid: signature is invalid"),
+)
 
 
 def bearer_token(query_token: str, authorization: str, cookie_token: Callable[[], str]) -> str:
@@ -75,21 +86,37 @@ def bearer_token(query_token: str, authorization: str, cookie_token: Callable[[]
     return cookie_token()
 
 
-def token_allows(key: bytes, token: str, vid: str, fid: str) -> bool:
+def token_allows(key: bytes, token: str, vid: str, fid: str, peer_ip: str = "") -> bool:
     """True if `token` is signed with `key`, valid now, and names exactly this file (texts as in the URL).
 
-    Everything after the last `_` of fid (if not at its start) is left out of the comparison, as upstream does.
+    Everything after the last `_` of fid (if not at its start) is left out of the comparison, as upstream does. Why a
+    token is refused is told in the log at -v=1 and nowhere else; the token never is.
     """
     if not token:
+        _log.log(V1, "missing jwt from %s", peer_ip)
         return False
     cut = fid.rfind("_")
     if cut > 0:
         fid = fid[:cut]
     try:
         claims: dict[str, Any] = _TOKENS.decode(token, key, algorithms=list(_ALGORITHMS))
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as exc:
+        _log.log(V1, "jwt verification error from %s: %s", peer_ip, _reason(exc))
         return False
-    return claims.get("fid") == f"{vid},{fid}"
+    allowed = claims.get("fid") == f"{vid},{fid}"
+    if not allowed:
+        _log.log(
+            V1, 'jwt fid mismatch from %s: token has "%s", request has "%s,%s"', peer_ip, claims.get("fid"), vid, fid
+        )
+    return allowed
+
+
+def _reason(error: Exception) -> str:
+    """Upstream's words; never anything that the token holds."""
+    for kind, text in _REASONS:
+        if isinstance(error, kind):
+            return text
+    return "token is malformed"
 
 
 @dataclass(frozen=True)

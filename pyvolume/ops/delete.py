@@ -43,7 +43,9 @@ def delete(ops: Ops, request: Request) -> Response:
     except native.IdError as exc:
         return json_error(request, 400, exc.text.decode("utf-8", "surrogateescape"))
     key = ops.security().jwt_write_key
-    if key and not token_allows(key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1")):
+    if key and not token_allows(
+        key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1"), request.peer_ip
+    ):
         return json_error(request, 401, "wrong jwt")
     try:
         vid = native.parse_vid(url.vid)

@@ -67,7 +67,9 @@ def get(ops: Ops, request: Request) -> Response:
             return refusal
     url = request.url
     key = ops.security().jwt_read_key
-    if key and not token_allows(key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1")):
+    if key and not token_allows(
+        key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1"), request.peer_ip
+    ):
         return json_error(request, 401, "wrong jwt")
     try:
         vid = native.parse_vid(url.vid)

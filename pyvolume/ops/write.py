@@ -66,7 +66,9 @@ def refuse_early(ops: Ops, request: Request) -> Response | None:
         ops.events.write_failure()
         return json_error(request, 400, _text(exc.text))
     key = ops.security().jwt_write_key
-    if key and not token_allows(key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1")):
+    if key and not token_allows(
+        key, request.token, url.vid.decode("latin-1"), url.fid.decode("latin-1"), request.peer_ip
+    ):
         return json_error(request, 401, "wrong jwt")
     return None
 

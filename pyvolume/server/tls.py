@@ -558,25 +558,27 @@ class TlsChannel(Channel):
 
     def __init__(self, server: VolumeHTTPServer, sock: socket.socket, peer: tuple[str, int]) -> None:
         super().__init__(server, sock, peer)
+        assert isinstance(sock, ssl.SSLSocket)
+        self._secure = sock
         self.held = False
         self._concluding = False
 
     def _recv(self, size: int) -> bytes | None:
         try:
-            data: bytes = self.socket.recv(size)
+            data: bytes = self._secure.recv(size)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             self.held = False
             return None
-        self.held = self.socket.pending() > 0
+        self.held = self._secure.pending() > 0
         return data
 
     def _recv_into(self, view: memoryview) -> int:
         try:
-            n: int = self.socket.recv_into(view)
+            n: int = self._secure.recv_into(view)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             self.held = False
             return -1
-        self.held = self.socket.pending() > 0
+        self.held = self._secure.pending() > 0
         return n
 
     def _send(self, parts: list[Any]) -> int:
@@ -592,7 +594,7 @@ class TlsChannel(Channel):
         elif len(data) > _SEND_BYTES:
             data = memoryview(data)[:_SEND_BYTES]
         try:
-            return self.socket.send(data)
+            return self._secure.send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
 
@@ -630,7 +632,7 @@ class TlsChannel(Channel):
     def _say_goodbye(self) -> None:
         """close_notify, as far as the socket takes it now: the client can tell the end from a cut."""
         try:
-            self.socket.unwrap()
+            self._secure.unwrap()
         except (OSError, ValueError) as exc:
             _log.debug("close_notify to %s:%d: %s", *self.addr, exc)
 

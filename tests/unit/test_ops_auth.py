@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pyvolume.log import V1
 from pyvolume.ops.auth import Guard, bearer_token, token_allows
 
 KEY = b"short key"
@@ -58,6 +59,40 @@ NOW = time.time()
 )
 def test_token_allows(made: str, vid: str, fid: str, allowed: bool) -> None:
     assert token_allows(KEY, made, vid, fid) is allowed
+
+
+@pytest.mark.parametrize(
+    ("made", "line"),
+    [
+        ("", "missing jwt from 1.2.3.4"),
+        (
+            token({"fid": "1,0200000001"}),
+            'jwt fid mismatch from 1.2.3.4: token has "1,0200000001", request has "1,0100000001"',
+        ),
+        (
+            token({"fid": "1,0100000001", "exp": NOW - 60}),
+            "jwt verification error from 1.2.3.4: token has invalid claims: token is expired",
+        ),
+        (
+            token({"fid": "1,0100000001", "nbf": NOW + 36000}),
+            "jwt verification error from 1.2.3.4: token has invalid claims: token is not valid yet",
+        ),
+        (
+            token({"fid": "1,0100000001"}, key=b"other"),
+            "jwt verification error from 1.2.3.4: token signature is invalid: signature is invalid",
+        ),
+        (
+            token({"fid": "1,0100000001"}, alg="none"),
+            "jwt verification error from 1.2.3.4: token signature is invalid: signing method is invalid",
+        ),
+        ("secret.rubbish.secret", "jwt verification error from 1.2.3.4: token is malformed"),
+    ],
+)
+def test_why_a_token_is_refused_is_told_at_v1(made: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(V1, "pyvolume.ops.auth"):
+        assert not token_allows(KEY, made, "1", "0100000001", "1.2.3.4")
+    assert caplog.messages == [line]
+    assert caplog.records[0].levelno == V1
 
 
 @pytest.mark.parametrize(
