@@ -10,7 +10,7 @@
  * all bytes from its first one on. What the volumes and pv_http.c say decides; this file adds nothing to the meaning.
  *
  * Locks: a thread's inbox, the job queue, the mailbox, the life cycle. Each is held for a few instructions, none with another.
- * Memory: bodies above SCRATCH bytes and needles above LARGE bytes count against the budget.
+ * Memory: bodies and needles above LARGE bytes count against the budget.
  */
 #include "pv_lane_int.h"
 
@@ -28,12 +28,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SCRATCH 65536U  /* bytes read at a time, where no body is collected */
-#define LARGE 65536U    /* needles above this count against the budget while they are sent */
-#define TEXT_CAP 16384U /* of an answer: header block and the texts between ranges */
-#define STATUS_ROOM 64U /* in front of the block */
-#define TAIL_CAP 1024U  /* the headers that every answer has */
-#define PARTS_MAX 64U   /* stretches of a body; more are for the other lane */
+#define FIRST_READ 4096U /* bytes taken of a new request: what Go has not read when it refuses one causes a reset */
+#define LARGE 65536U     /* larger bodies and needles count against the budget */
+#define TEXT_CAP 16384U  /* of an answer: header block and the texts between ranges */
+#define STATUS_ROOM 64U  /* in front of the block */
+#define TAIL_CAP 1024U   /* the headers that every answer has */
+#define PARTS_MAX 64U    /* stretches of a body; more are for the other lane */
 #define SERVER_MAX 256U
 #define WORK_CAP 4096U    /* scratch of pv_upload_parse */
 #define SMALL_REPLY 2048U /* answers up to here have a Content-Length behind the Date */
@@ -145,7 +145,7 @@ struct lane_thread {
     size_t random_left;
     pv_lane_stats stats; /* written by this thread alone */
     op op;               /* of requests that are served at once */
-    char scratch[SCRATCH];
+    char scratch[FIRST_READ];
     char path[PV__HEAD_MAX];
     char text[STATUS_ROOM + TEXT_CAP];
     char tail[TAIL_CAP];
@@ -1078,7 +1078,7 @@ static bool process(lane_thread *t, conn *c, char *p, size_t n) {
                 if (why < 0) {
                     pv_vol_unref(t->op.v);
                     t->op.v = NULL;
-                    if (c->need > SCRATCH) {
+                    if (c->need > LARGE) {
                         if (reserve(t->lane, c->need)) {
                             c->charged += c->need;
                         } else {

@@ -851,8 +851,10 @@ class Registry:
         return self._r
 
     def publish(self, vid: int, volume: Volume, *, single: bool = False, no_ttl: bool = False) -> None:
-        """NativeError PV_EEXISTS if the vid is taken. single: it has one copy; no_ttl: its needles do not expire with it.
-        What is not said is not assumed: the lane writes to volumes of which both is known only."""
+        """NativeError PV_EEXISTS if the vid is taken.
+
+        single: it has one copy; no_ttl: its needles do not expire with it. The lane writes where both is said only.
+        """
         flags = (_lib.PV_REG_SINGLE if single else 0) | (_lib.PV_REG_NO_TTL if no_ttl else 0)
         code = _lib.pv_reg_publish_as(self._r, vid, volume.handle, flags)
         if code < 0:

@@ -1,5 +1,5 @@
 """The fast lane of a server: starts the engine's threads on its listening sockets, and passes connections between the
-lanes (docs/decisions/0030-fast-lane.md).
+lanes (docs/decisions/0060-fast-lane.md).
 
 The lane answers what needs no decision of Python's. Everything else comes through a mailbox: one thread takes it and
 has the HTTP server of that port adopt the connection, which goes back when its request is answered. What the lane may
@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyvolume._native import lane as native
+from pyvolume.server.tls import TlsHTTPServer
 from pyvolume.server.waitress_ext import default_connection_limit, raise_nofile_limit
 from pyvolume.version import server_header
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from pyvolume.security_config import SecurityConfig
     from pyvolume.server.context import ServerContext
     from pyvolume.server.http_app import HttpServer
+    from pyvolume.server.metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
+
+LaneError = native.LaneError
 
 MAX_THREADS = 4
 """Of a server that was not told how many: more gain nothing before the disk or the network is the limit."""
@@ -62,9 +66,9 @@ class FastLane:
         self._taker = threading.Thread(target=self._take, name="lane-mailbox", daemon=True)
 
     def start(self) -> None:
-        """Raises LaneError; the listening sockets are gone then."""
+        """Raises LaneError; the listening sockets are gone then. A port that speaks TLS keeps its own."""
         for server, public in ((self._admin, False), (self._public, True)):
-            if server is not None:
+            if server is not None and not isinstance(server.server, TlsHTTPServer):
                 self._lane.listen(server.server.lend_listener(), public=public)
         self._lane.start()
         self._taker.start()
@@ -125,3 +129,46 @@ class FastLane:
 
     def _give_back(self, public: bool, fd: int, lenient: bool) -> bool:
         return self._lane.give(fd, public=public, lenient=lenient)
+
+
+def watch_lane(metrics: ServerMetrics, lane: FastLane) -> None:
+    """Adds what the lane answered to the families of the HTTP requests, each request once, whenever metrics are read.
+
+    The lane does not time the local part of a write apart: there the whole request counts as `writeToLocalDisk`.
+    """
+    registry = metrics.registry
+    handed_over = registry.counter("pyvolume_lane_handed_over", "Connections the fast lane handed over.", "reason")
+    returned = registry.counter("pyvolume_lane_given_back", "Connections that came back to the fast lane.")
+    refused = registry.counter("pyvolume_lane_refused", "Connections refused since the hand-over was full.")
+    jobs = registry.counter("pyvolume_lane_io_jobs", "Requests of the fast lane that waited for the disk elsewhere.")
+    connections = registry.gauge("pyvolume_lane_connections", "Connections the fast lane has open.")
+    held = registry.gauge("pyvolume_lane_held_bytes", "Bodies and answers the fast lane holds in memory.")
+    lock = threading.Lock()
+    seen: list[native.LaneStats] = []
+
+    def refresh() -> None:
+        with lock:
+            stats = lane.stats()
+            before = seen[-1] if seen else None
+            seen[:] = [stats]
+            for (public, method, status), count in stats.requests.items():
+                more = count - (before.requests.get((public, method, status), 0) if before else 0)
+                if more:
+                    metrics.request_total.value(str(status), method).inc(more)
+            for kind, counts in stats.latency.items():
+                old = before.latency.get(kind, ()) if before else ()
+                seconds = stats.seconds[kind] - (before.seconds.get(kind, 0.0) if before else 0.0)
+                more_counts = [n - (old[i] if old else 0) for i, n in enumerate(counts)]
+                names = [kind[1], "writeToLocalDisk"] if kind[1] in ("PUT", "POST") else [kind[1]]
+                for name in names:
+                    distribution = metrics.request_seconds.distribution(name)
+                    metrics.seconds.setdefault(name, distribution).add(more_counts, seconds)
+        for reason, count in stats.handed_over.items():
+            handed_over.value(reason).set(count)
+        returned.value().set(stats.given)
+        refused.value().set(stats.mailbox_full)
+        jobs.value().set(stats.io_jobs)
+        connections.value().set(stats.connections)
+        held.value().set(stats.held_bytes)
+
+    registry.refresh_with(refresh)

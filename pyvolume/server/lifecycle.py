@@ -36,6 +36,7 @@ from pyvolume.version import full_version
 if TYPE_CHECKING:
     from pyvolume.server.grpc.service import GrpcServer
     from pyvolume.server.http_app import HttpServer
+    from pyvolume.server.lane import FastLane
     from pyvolume.server.master_client import MasterClient, MasterConfiguration
     from pyvolume.server.metrics import ServerMetrics
     from pyvolume.server.profiling import FileProfiles
@@ -137,6 +138,7 @@ class Process:
         self._grpc: GrpcServer | None = None
         self._public: HttpServer | None = None
         self._admin: HttpServer | None = None
+        self._lane: FastLane | None = None
         self._metrics: ServerMetrics | None = None
         self._profiles: FileProfiles | None = None
         self.context: ServerContext | None = None
@@ -190,6 +192,7 @@ class Process:
             master.when_configured(self._apply_master, self._quit)
         assert self._grpc is not None and self._admin is not None
         self._grpc.start()
+        self._start_lane(context, metrics)
         for server, name in ((self._public, "http-public"), (self._admin, "http-admin")):
             if server is not None:
                 threading.Thread(target=server.run, name=name, daemon=True).start()
@@ -202,6 +205,26 @@ class Process:
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
         notify_service_manager("READY=1", self._environ)
         return Note("started")
+
+    def _start_lane(self, context: ServerContext, metrics: ServerMetrics) -> None:
+        """Gives the plain listening sockets to the fast lane, if there is to be one. Without it the HTTP servers serve
+        everything."""
+        assert self._admin is not None
+        if not context.config.fast_lane:
+            return
+        from pyvolume.server.lane import FastLane, LaneError, watch_lane
+
+        try:
+            lane = FastLane(context, self._admin, self._public)
+        except LaneError as exc:
+            _log.error("%s: all requests take the slow lane", exc)
+            return
+        try:
+            lane.start()
+        except LaneError as exc:
+            log.fatal("%s", exc)  # the listening sockets are gone
+        self._lane = lane
+        watch_lane(metrics, lane)
 
     def _checked_config(self) -> ServerConfig:
         try:
@@ -384,7 +407,10 @@ class Process:
             _log.exception("loading new volumes failed")
         _log.info("Reload volume server...")
         try:
-            context.security = loader.reload(context.security)
+            security = loader.reload(context.security)
+            if self._lane is not None:
+                self._lane.apply(security)  # before, so that nothing is served by what is over
+            context.security = security
         except SecurityError as exc:
             _log.error("security settings stay as they were: %s", exc)
         if context.tls is not None:
@@ -425,8 +451,13 @@ class Process:
         return Note("stopped")
 
     def _stop_http(self, deadline: float) -> None:
-        """Both listeners at once, so that the time limit is one for both."""
+        """All listeners at once, so that the time limit is one for all."""
         threads = []
+        if self._lane is not None:
+            _guarded("stopping the fast lane", self._lane.quiesce)  # what it cannot finish goes to the two below
+            work = _guarded_call("stopping the fast lane", self._lane.stop, max(0.0, deadline - time.monotonic()))
+            threads.append(threading.Thread(target=work, name="stop-lane", daemon=True))
+            threads[0].start()
         for server, text in (
             (self._public, "stop public http server ... "),
             (self._admin, "graceful stop cluster http server ... "),

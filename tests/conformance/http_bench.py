@@ -6,6 +6,7 @@ No gRPC, no heartbeat, no cluster: `Master` answers lookups from a table. Reques
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 import socket
 import threading
@@ -21,12 +22,15 @@ from pyvolume.ops.context import Ops
 from pyvolume.security_config import SecurityConfig
 from pyvolume.server.context import ServerContext
 from pyvolume.server.http_app import HttpServer, make_admin_server, make_public_server
+from pyvolume.server.lane import FastLane
 from pyvolume.server.master_client import Location
 from pyvolume.storage.store import Store
 from pyvolume.types import ReplicaPlacement, Ttl
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0
+LANE = os.environ.get("PYVOLUME_TEST_LANE", "on") != "off"
+"""Whether servers have the fast lane: these tests are to be run with it and without."""
 
 
 def free_port() -> int:
@@ -176,10 +180,16 @@ class Bench:
     master: Master
     admin: HttpServer
     public: HttpServer
+    lane: FastLane | None = None
 
     @property
     def port(self) -> int:
         return self.admin.port
+
+    def settings_changed(self) -> None:
+        """Tells the lane that a test has changed limits of a running server, which only tests do."""
+        if self.lane is not None:
+            self.lane.apply(self.context.security)
 
     @property
     def url(self) -> str:
@@ -217,6 +227,17 @@ class Bench:
         return f"{vid},{next(_keys):x}{secrets.randbits(32):08x}"
 
 
+class _Context(ServerContext):
+    """Tells the lane of new settings, as a reload does."""
+
+    lane: FastLane | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "security" and self.lane is not None:
+            self.lane.apply(value)
+        super().__setattr__(name, value)
+
+
 @contextmanager
 def serving(directory: Path, security: SecurityConfig | None = None, **settings: Any) -> Iterator[Bench]:
     """Runs a server on free ports with volume 1; settings are fields of ServerConfig."""
@@ -229,23 +250,30 @@ def serving(directory: Path, security: SecurityConfig | None = None, **settings:
             public_port=free_port(),
             masters=(),
             dirs=(DirConfig(str(directory), "", 16),),
+            fast_lane=LANE,
         ),
         **settings,
     )
     store = Store(config)
     store.load()
     master = Master()
-    context = ServerContext(config, security or SecurityConfig(), store, cast("Any", master))
+    context = _Context(config, security or SecurityConfig(), store, cast("Any", master))
     admin = make_admin_server(context)
     public = make_public_server(context)
+    lane = FastLane(context, admin, public) if config.fast_lane else None
+    if lane is not None:
+        lane.start()
+        context.lane = lane
     threads = [threading.Thread(target=server.run, daemon=True) for server in (admin, public)]
     for thread in threads:
         thread.start()
-    bench = Bench(context, master, admin, public)
+    bench = Bench(context, master, admin, public, lane)
     try:
         bench.allocate(1)
         yield bench
     finally:
+        if lane is not None:
+            lane.stop(5.0)
         admin.stop(5.0)
         public.stop(5.0)
         for thread in threads:

@@ -418,6 +418,7 @@ def test_over_the_download_limit_a_replica_is_asked(pair: tuple[Bench, Bench]) -
     assert first.ask("PUT", f"/{fid}", (OCTETS,), b"hello").status == 201
     gate = first.ops.downloads
     gate.limit_bytes, gate.timeout_s = 10, 0.1
+    first.settings_changed()
     gate.add(100)
     try:
         reply = first.ask("GET", f"/{fid}")

@@ -119,7 +119,7 @@ def test_a_client_that_leaves_gives_its_bytes_back(tmp_path: Path) -> None:
 
 
 def test_uploads_are_counted_without_a_limit(tmp_path: Path) -> None:
-    with serving(tmp_path) as bench:
+    with serving(tmp_path, fast_lane=False) as bench:
         slow = SlowUpload(bench, 2_000_000)
         until(lambda: uploads_in_flight(bench) == 2_000_000, "counted")
         slow.finish()
