@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import socket
 import ssl
@@ -249,6 +250,67 @@ def test_other_bytes_get_no_answer(bench: Make, authority: Authority, volume: Id
             assert data[:4] != b"HTTP"
     with connect(authority.client(), server.port) as sock:
         assert ask(sock, get("/status"))[0] == 200
+
+
+def test_slow_readers_get_every_byte(bench: Make, authority: Authority, volume: Identity) -> None:
+    """The socket is full most of the time: a refused write of ssl is repeated with the same bytes."""
+    server = bench(https_settings(volume))
+    data = b"".join(hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(1 << 18))
+    context = authority.client()
+    with connect(context, server.port) as sock:
+        assert ask(sock, post("/1,0500000001", data))[0] == 201
+    found: list[tuple[int, bytes]] = []
+
+    def read_slowly() -> None:
+        with socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            plain.settimeout(TIMEOUT_S)
+            plain.connect((HOST, server.port))
+            with context.wrap_socket(plain, server_hostname=HOST) as sock:
+                sock.sendall(get("/1,0500000001", "Connection: close"))
+                got = bytearray()
+                for number in itertools.count():
+                    piece = sock.recv(5000)
+                    got += piece
+                    if not piece:
+                        break
+                    if number % 200 == 0:
+                        time.sleep(0.005)
+                head, _, body = bytes(got).partition(b"\r\n\r\n")
+                found.append((int(head.split(b" ", 2)[1]), body))
+
+    threads = [threading.Thread(target=read_slowly) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [status for status, _ in found] == [200] * 4
+    assert all(body == data for _, body in found)
+
+
+def test_many_clients_read_and_write_at_once(bench: Make, authority: Authority, volume: Identity) -> None:
+    server = bench(https_settings(volume))
+    context = authority.client()
+    failures: list[object] = []
+
+    def work(worker: int) -> None:
+        try:
+            with connect(context, server.port) as sock:
+                for number in range(25):
+                    size = (worker * 7919 + number * 104729) % 1_500_000
+                    data = bytes([worker, number]) * (size // 2 + 1)
+                    path = f"/1,{worker * 64 + number + 1:x}00000007"
+                    assert ask(sock, post(path, data))[0] == 201
+                    assert ask(sock, get(path)) == (200, data)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
 
 
 # --- handshakes ------------------------------------------------------------------------------------------------------
