@@ -143,13 +143,15 @@ def scrub_full(reader: EcReader, volume: EcVolume, *, forced: bool, go_on: GoOn)
         intervals = layout.locate(offset, volume.record_bytes(size))
         ids = _list([interval.shard for interval in intervals])
         pieces = []
+        is_deleted = False
         for number, interval in enumerate(intervals, 1):
             data = reader.read_local(volume, interval)
             if data is None:
                 try:
                     data = reader.read_remote(volume, key, interval)
-                except NeedleDeleted:
-                    data = None
+                except NeedleDeleted:  # noted by another server only: nothing is wrong with it
+                    is_deleted = True
+                    break
             if data is None:
                 found.texts.append(
                     f"failed to read EC shard {interval.shard} for needle {key} on volume {volume.vid} "
@@ -158,6 +160,8 @@ def scrub_full(reader: EcReader, volume: EcVolume, *, forced: bool, go_on: GoOn)
                 found.broken[interval.shard] = interval.length
                 break
             pieces.append(data)
+        if is_deleted:
+            continue
         record, wanted = b"".join(pieces), volume.record_bytes(size)
         what = f"EC volume {volume.vid}, needle {key} on shards {ids}"
         if len(record) != wanted:

@@ -480,6 +480,16 @@ def test_scrub_of_what_is_whole(one: Server, mode: int) -> None:
     assert list(answer.details) == []
 
 
+def test_scrub_does_not_take_deletes_of_others_for_damage(one: Server, two: Server) -> None:
+    needles = encode(one)
+    Cluster(one, two)
+    move(one, two, [0, 1, 2, 3, 4, 5])
+    for key in needles:
+        coded(two).journal(key)
+    answer = ok(one.call("ScrubEcVolume", mode=2))
+    assert (answer.total_files, list(answer.details)) == (20, [])
+
+
 def test_scrub_finds_damage(one: Server) -> None:
     encode(one)
     Cluster(one)
