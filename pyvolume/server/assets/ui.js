@@ -156,7 +156,7 @@
 
   /* ---- plots ---- */
 
-  const WIDTH = 600;
+  let WIDTH = 600; /* that of a plot on the screen, so that texts keep their shape */
   const HEIGHT = 176;
   const LEFT = 52;
   const RIGHT = 8;
@@ -177,7 +177,7 @@
     const first = points.length > 1 ? points[0].t : last - 1;
     const x = (t) => LEFT + ((t - first) / Math.max(1, last - first)) * (WIDTH - LEFT - RIGHT);
     const y = (value) => HEIGHT - BOTTOM - (value / top) * (HEIGHT - TOP - BOTTOM);
-    const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": title });
+    const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
     for (const share of [0, 0.5, 1]) {
       svg.append(
         drawn("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(top * share), y2: y(top * share) }),
@@ -212,7 +212,11 @@
     return element("figure", {}, caption, svg);
   };
 
+  let drawnPoints = [];
   const plots = (points) => {
+    drawnPoints = points;
+    const columns = getComputedStyle(document.getElementById("plots")).gridTemplateColumns;
+    WIDTH = Math.max(200, Math.round(parseFloat(columns)) || 600);
     const names = ["reads", "writes", "deletes"];
     const lines = (key) => names.map((name) => ({ name, of: (point) => point[name][key] }));
     document.getElementById("plots").replaceChildren(
@@ -273,6 +277,7 @@
       document.getElementById("state").textContent = "no answer from the server";
     }
   };
+  window.addEventListener("resize", () => plots(drawnPoints));
   refresh();
   setInterval(refresh, REFRESH_MS);
 })();
