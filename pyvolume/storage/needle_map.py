@@ -294,6 +294,8 @@ class RocksMap:
         self._used = True
         self._idle_ticks = 0
         self._retry_at_s = 0.0
+        self._replay = True  # rows behind were not noted by this process
+        self._state_path = f"{self.path}.state"
         maps.claim(self.path, self)
         try:
             self._idx_fd = os.open(idx_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -304,20 +306,48 @@ class RocksMap:
     # ------------------------------------------------------------------------------------------------ opening, making
 
     def load(self, rows: int) -> None:
-        """Opens the database and folds in what the index has more; makes it anew if it does not fit. Blocks on disk."""
+        """Opens the database and folds in what the index has more; makes it anew if it does not fit. Blocks on disk.
+
+        After a clean stop, with the index as it was, the database is opened on its first use only: that takes long.
+        """
         with self._lock:
             self._remove_others()
-            self._load(rows, replay=True)
+            if not self._was_closed_at(rows):
+                self._load(rows)
 
     def build(self, rows: int) -> None:
         """Makes the database from the first `rows` rows of the index, whatever is there. Blocks on disk."""
         with self._lock:
             self._build(rows)
 
-    def _load(self, rows: int, *, replay: bool) -> None:
+    def _was_closed_at(self, rows: int) -> bool:
+        """Whether the note of the last close says that the database has all of the index; takes the sums from it."""
+        try:
+            with open(self._state_path, "rb") as note:
+                basis = self._check_state(note.read(_STATE.size + 5), rows)
+        except (_Damaged, OSError):
+            return False
+        if basis.rows != rows or not os.path.isdir(self.path):
+            return False
+        self._basis = basis
+        return True
+
+    def _note_close(self) -> None:
+        """Leaves the note of a clean close beside the database. It counts for nothing once the index is another one."""
+        state = self._basis.pack(self._width, self.revision)
+        try:
+            with open(self._state_path, "r+b" if os.path.exists(self._state_path) else "w+b") as note:
+                if note.read() != state:
+                    note.seek(0)
+                    note.truncate()
+                    note.write(state)
+        except OSError as exc:
+            log.info("needle map %s: %s", self.path, from_os_error(exc, "write", self._state_path))
+
+    def _load(self, rows: int) -> None:
         if os.path.isdir(self.path):
             try:
-                self._open_existing(rows, replay)
+                self._open_existing(rows)
                 self.built = False
                 return
             except _Damaged as exc:
@@ -326,17 +356,18 @@ class RocksMap:
                 raise self._failure(exc) from exc
         self._build(rows)
 
-    def _open_existing(self, rows: int, replay: bool) -> None:
+    def _open_existing(self, rows: int) -> None:
         """Needs the lock. The database is looked into only once it has all rows."""
         with _database():
             db = self._maps.rocksdict.Rdict(self.path, self._maps.options(create=False))
         try:
             with _database():
                 self._basis = self._check_state(db.get(_STATE_KEY), rows)
-                self._advance(db, rows, replay)
+                self._advance(db, rows, self._replay)
         except BaseException:
             self._close_database(db)
             raise
+        self._replay = False
         self._db = db
 
     def _check_state(self, raw: bytes | None, rows: int) -> Basis:
@@ -386,6 +417,7 @@ class RocksMap:
         except (_Damaged, OSError, engine.NativeError) as exc:
             self._close_database(db)
             raise self._failure(exc) from exc
+        self._replay = False
         self._db = db
         self.built = True
 
@@ -427,7 +459,7 @@ class RocksMap:
         try:
             for name in os.listdir(self._root):
                 path = f"{self._root}/{name}"
-                if path != self.path and not self._maps.is_claimed(path):
+                if path not in (self.path, self._state_path) and not self._maps.is_claimed(path):
                     files.remove_if_exists(path)
         except FileNotFoundError:
             return
@@ -456,7 +488,7 @@ class RocksMap:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the database is open; an idle one is not."""
+        """Whether the database is open: not one that is idle, or was not used since the start."""
         return self._db is not None
 
     def get(self, key: int) -> Value | None:
@@ -489,7 +521,7 @@ class RocksMap:
                 rows, revision = self._settled()
                 if revision != self.revision:  # superseded by a vacuum: the index is complete
                     rows = os.fstat(self._idx_fd).st_size // self._row.size
-                self._load(rows, replay=False)
+                self._load(rows)
                 self._idle_ticks = 0
             return self._db
 
@@ -716,11 +748,14 @@ class RocksMap:
                 return
             self._closed = True
             try:
+                rows = os.fstat(self._idx_fd).st_size // self._row.size
                 if self._db is not None:
                     self._layers = ({}, *self._layers)
-                    self._fold_layers(os.fstat(self._idx_fd).st_size // self._row.size)
+                    self._fold_layers(rows)
                     with _database():
                         self._db.flush()
+                if self._basis.rows == rows:
+                    self._note_close()
             except (_Damaged, StorageError, OSError) as exc:
                 log.warning("needle map %s: the next start takes up what is missing: %s", self.path, exc)
             self._end()
@@ -732,7 +767,8 @@ class RocksMap:
             if not already:
                 self._end()
             try:
-                files.remove_if_exists(self.path)
+                for path in (self._state_path, self.path):
+                    files.remove_if_exists(path)
             except OSError as exc:
                 log.warning("needle map %s: %s", self.path, from_os_error(exc, "remove"))
 

@@ -115,6 +115,11 @@ def map_of(volume: Volume) -> RocksMap:
     return volume.handle.map
 
 
+def databases(bed: Bed) -> list[str]:
+    """What is in the directory of maps, but for notes of clean closes."""
+    return sorted(name for name in os.listdir(bed.directory / "3.rocks") if not name.endswith(".state"))
+
+
 def counters(volume: Volume) -> tuple[int, int, int, int]:
     stat = volume.stat()
     return stat.file_count, stat.deleted_count, stat.deleted_bytes, stat.file_bytes
@@ -340,9 +345,65 @@ def test_a_clean_start_uses_what_is_there(disk: Bed) -> None:
     for key in range(3000):
         put(volume, key, b"%d" % key)
     volume = disk.reopen(volume)
-    assert not map_of(volume).built
     assert counters(volume) == counted_by_the_index(disk)
     assert volume.stat().map_entries == 3000
+    assert not map_of(volume).is_loaded  # on the first use
+    assert data_of(volume, 2999) == b"2999"
+    assert map_of(volume).is_loaded
+    assert not map_of(volume).built
+
+
+def test_a_volume_nobody_asks_is_closed_as_it_was(disk: Bed) -> None:
+    volume = disk.create()
+    put(volume, 1, b"one")
+    volume.close()
+    note = disk.directory / "3.rocks" / "00000.state"
+    before = note.stat().st_mtime_ns
+    for _ in range(2):
+        disk.load().close()
+    assert note.stat().st_mtime_ns == before
+    volume = disk.load()
+    volume.delete_needle(1, COOKIE)
+    volume.close()
+    assert note.stat().st_mtime_ns > before
+    volume = disk.load()
+    assert gone(volume, 1)
+    assert bytes(volume.read_needle(1, read_deleted=True).data or b"") == b"one"
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda raw: raw[:-1], lambda raw: raw + b"\0", lambda raw: raw[:20] + b"?" + raw[21:]]
+)
+def test_a_note_that_is_not_whole_counts_for_nothing(disk: Bed, spoil: Callable[[bytes], bytes]) -> None:
+    volume = disk.create()
+    put(volume, 1, b"one")
+    volume.close()
+    note = disk.directory / "3.rocks" / "00000.state"
+    note.write_bytes(spoil(note.read_bytes()))
+    volume = disk.load()
+    assert map_of(volume).is_loaded
+    assert data_of(volume, 1) == b"one"
+
+
+def test_a_database_behind_its_note_is_brought_up_to_date_as_from_an_index(disk: Bed) -> None:
+    """A note that a power loss left beside an older database."""
+    volume = disk.create()
+    put(volume, 1, b"")
+    put(volume, 2, b"two")
+    volume.close()
+    older = disk.directory.with_name("older")
+    shutil.copytree(disk.directory / "3.rocks" / "00000", older)
+    volume = disk.load()
+    volume.delete_needle(1, COOKIE)
+    volume.delete_needle(2, COOKIE)
+    put(volume, 3, b"three")
+    volume.close()
+    shutil.rmtree(disk.directory / "3.rocks" / "00000")
+    os.rename(older, disk.directory / "3.rocks" / "00000")
+    volume = disk.load()
+    assert counters(volume) == counted_by_the_index(disk)
+    assert gone(volume, 1, 2)
+    assert data_of(volume, 3) == b"three"
 
 
 @pytest.mark.parametrize("changes", [0, 1, 1000, 1500, 5000])
@@ -523,6 +584,8 @@ def test_what_does_not_fit_is_made_anew(disk: Bed, spoil: Callable[[Bed], None])
     if spoil is shorten:
         assert volume.no_write_or_delete  # .dat is longer: a sorted file serves, without repair
         volume.set_writable()
+    assert counters(volume) == counted_by_the_index(disk)
+    assert gone(volume, 101)
     assert map_of(volume).built
     for key in range(1, 101):
         if key in expected:
@@ -530,11 +593,11 @@ def test_what_does_not_fit_is_made_anew(disk: Bed, spoil: Callable[[Bed], None])
         else:
             assert gone(volume, key)
     assert counters(volume) == counted_by_the_index(disk)
-    assert len(os.listdir(disk.directory / "3.rocks")) == 1
+    assert databases(disk) == [f"{volume.compaction_revision:05d}"]
     put(volume, 1, b"fine")
     volume = disk.reopen(volume)
-    assert not map_of(volume).built
     assert data_of(volume, 1) == b"fine"
+    assert not map_of(volume).built
 
 
 def test_many_entries_are_made_into_sorted_files(disk: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +614,7 @@ def test_many_entries_are_made_into_sorted_files(disk: Bed, monkeypatch: pytest.
     assert map_of(volume).built
     assert gone(volume, 5, 333, 0)
     assert all(data_of(volume, key) == b"%d" % key for key in range(1, 333) if key != 5)
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
     put(volume, 5, b"back")
     volume = disk.reopen(volume)
     assert not map_of(volume).built
@@ -563,7 +626,7 @@ def test_leftovers_of_a_build_go(disk: Bed) -> None:
     (disk.directory / "3.rocks" / "00003").mkdir()
     (disk.directory / "3.rocks" / "00000.0.sst").write_text("half")
     disk.load()
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
 
 
 def test_a_map_that_cannot_be_made_is_held_in_memory(disk: Bed, caplog: pytest.LogCaptureFixture) -> None:
@@ -838,12 +901,12 @@ def test_the_map_of_a_vacuum_that_is_given_up_goes(disk: Bed) -> None:
     volume = disk.create()
     put(volume, 1, b"one")
     compact.compact(volume)
-    assert sorted(os.listdir(disk.directory / "3.rocks")) == ["00000", "00001"]
+    assert databases(disk) == ["00000", "00001"]
     compact.cleanup(volume)
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
     compact.compact(volume)
     volume.close()
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
 
 
 def test_a_commit_that_fails_leaves_the_old_map(disk: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -860,7 +923,7 @@ def test_a_commit_that_fails_leaves_the_old_map(disk: Bed, monkeypatch: pytest.M
         compact.commit(volume)
     assert data_of(volume, 1) == b"one"
     put(volume, 2, b"two")
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
     monkeypatch.undo()
     compact.compact(volume)
     compact.commit(volume)
@@ -879,7 +942,7 @@ def test_a_map_that_cannot_be_prepared_fails_the_vacuum(disk: Bed, monkeypatch: 
         compact.compact(volume)
     monkeypatch.undo()
     assert sorted(path.name for path in disk.directory.iterdir()) == ["3.dat", "3.idx", "3.rocks", "3.vif"]
-    assert os.listdir(disk.directory / "3.rocks") == ["00000"]
+    assert databases(disk) == ["00000"]
     assert data_of(volume, 1) == b"one"
 
 
