@@ -420,14 +420,14 @@ class Handshakes:
     def _run(self) -> None:
         try:
             while not self._stopped:
-                for fd, events in self._epoll.poll(self._pause_s()):
+                for fd, _events in self._epoll.poll(self._pause_s()):
                     if fd == self._wake_fd:
                         os.eventfd_read(self._wake_fd)
                         self._take_arrived()
                     elif fd in self._leaving:
                         self._leave(fd)
                     elif fd in self._pending:
-                        self._advance(fd, events)
+                        self._advance_safely(fd)
                 self._expire()
         except Exception:  # the top of this thread: the port must not go silent without a word
             _log.exception("the thread of TLS handshakes failed")
@@ -461,7 +461,16 @@ class Handshakes:
         while self._leaving and (last := next(iter(self._leaving.items())))[1].until_s <= now:
             self._leave(last[0])
 
-    def _advance(self, fd: int, _events: int) -> None:
+    def _advance_safely(self, fd: int) -> None:
+        """One connection's trouble must not be that of the others."""
+        try:
+            self._advance(fd)
+        except Exception:
+            _log.exception("a TLS handshake failed unexpectedly")
+            if fd in self._pending:
+                self._drop(fd, "internal error")
+
+    def _advance(self, fd: int) -> None:
         pending = self._pending[fd]
         try:
             if pending.secure is None:

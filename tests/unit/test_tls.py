@@ -358,6 +358,37 @@ def test_handshake_has_a_deadline_and_the_oldest_give_way(authority: Authority, 
             theirs.close()
 
 
+def test_trouble_with_one_connection_is_not_that_of_others(authority: Authority, volume: Identity) -> None:
+    good = server_context(https_settings(volume))
+    contexts = Reloading((), lambda: good, 3600)
+    done: list[ssl.SSLSocket] = []
+    handshakes = Handshakes(contexts, lambda sock, _: done.append(sock))
+    answers: list[Any] = [RuntimeError("no context"), good]
+
+    def current() -> ssl.SSLContext:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return cast("ssl.SSLContext", answer)
+
+    contexts.current = current  # type: ignore[method-assign]
+    pairs = [socket.socketpair() for _ in range(2)]
+    try:
+        for theirs, ours in pairs:
+            theirs.settimeout(TIMEOUT_S)
+            handshakes.add(ours, (HOST, 1))
+            if not answers[1:]:
+                with authority.client().wrap_socket(theirs, server_hostname=HOST):
+                    wait_for(lambda: len(done) == 1, "the second one is through")
+            else:
+                with pytest.raises(OSError):
+                    authority.client().wrap_socket(theirs, server_hostname=HOST)
+    finally:
+        handshakes.stop()
+        for sock in (*done, *(theirs for theirs, _ in pairs)):
+            sock.close()
+
+
 def test_failed_handshakes_are_logged_once_a_second(
     bench: Make, volume: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
