@@ -153,7 +153,7 @@ class Store:
         self.locations = [
             DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
         ]
-        self.ec = EcMembers(self.locations, self._ids.hold, self._ids.attempt, self._notify)
+        self.ec = EcMembers(self.locations, self._ids.hold, self._ids.attempt, self._notify, self._coded_came_or_went)
         self.state = StateFile(self.locations[0].idx_directory if self.locations else ".")
 
     # ------------------------------------------------------------------------------------------------- start and stop
@@ -305,6 +305,12 @@ class Store:
                 return
         self._by_vid.pop(vid, None)
 
+    def _coded_came_or_went(self, vid: int) -> None:
+        """A plain volume beside an erasure coded one is not served by the fast lane: deletes go to the shards."""
+        served = self._by_vid.get(vid)
+        if served is not None:
+            self._republish(served)
+
     def _republish(self, volume: Volume) -> None:
         """Brings the registry's entry of this id up to date with what is served. Never blocks on disk."""
         with self._registry_lock:
@@ -312,7 +318,13 @@ class Store:
             with contextlib.suppress(engine.NativeError):
                 self.registry.withdraw(volume.vid)
             # A map on disk cannot be asked without the interpreter's lock: such a volume is none for the fast lane.
-            if served is not None and served.is_open and not served.is_remote and not served.is_mapped:
+            if (
+                served is not None
+                and served.is_open
+                and not served.is_remote
+                and self.ec.find(volume.vid) is None
+                and not served.is_mapped
+            ):
                 try:
                     self.registry.publish(
                         volume.vid,

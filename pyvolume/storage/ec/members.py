@@ -1,8 +1,9 @@
 """All erasure coded volumes of this server: what is mounted on which disk, and every change of that.
 
 May import the other modules of storage.ec, ec_files, vif, files, the location's interface and the leaves; not store.
-The store holds one EcMembers; `hold` is its lock of an id, taken first and held over disk access. `_lock` guards the
-tables only. Upstream: `weed/storage/store_ec.go`, `disk_location_ec.go`, `store_ec_mirror.go`, `store_ec_reconcile.go`.
+The store holds one EcMembers, and is told by `came_or_went` of ids that are mounted now or no more; `hold` is its lock
+of an id, taken first and held over disk access. `_lock` guards the tables only. Upstream: `weed/storage/store_ec.go`,
+`disk_location_ec.go`, `store_ec_mirror.go`, `store_ec_reconcile.go`.
 """
 
 from __future__ import annotations
@@ -71,11 +72,13 @@ class EcMembers:
         hold: Callable[[int], AbstractContextManager[None]],
         attempt: Callable[[int], AbstractContextManager[bool]],
         notify: Callable[[EcChangeKind, EcShardsInfo], None],
+        came_or_went: Callable[[int], None] = lambda _vid: None,
     ) -> None:
         self._locations = locations
         self._hold = hold
         self._attempt = attempt
         self._notify = notify
+        self._came_or_went = came_or_went
         self._lock = threading.Lock()
         self._tables: list[dict[int, EcVolume]] = [{} for _ in locations]
 
@@ -183,8 +186,10 @@ class EcMembers:
             if fresh:
                 volume.close()
             raise
-        with self._lock:
-            self._table(location)[vid] = volume
+        if fresh:
+            with self._lock:
+                self._table(location)[vid] = volume
+            self._came_or_went(vid)
         self._count(location)
         return volume
 
@@ -209,6 +214,7 @@ class EcMembers:
         with self._lock:
             if self._table(location).get(volume.vid) is volume:
                 del self._table(location)[volume.vid]
+        self._came_or_went(volume.vid)
         volume.close()
         self._count(location)
 
