@@ -21,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pyvolume.config import DirConfig, ServerConfig
 from pyvolume.server import metrics as metrics_module
+from pyvolume.server.lifecycle import Process
+from pyvolume.server.master_client import MasterConfiguration
 from pyvolume.server.metric_types import Registry, exponential_buckets, number, protobuf_format, text_format
 from pyvolume.server.metrics import MAX_METHODS, ServerMetrics
 from pyvolume.server.side_http import PROTOBUF_TYPE, Pusher, SideServer, metrics_page, negotiate, side_pages
@@ -591,6 +593,24 @@ def test_push_goes_on_when_the_gateway_fails(
         f"could not push metrics to prometheus push gateway {gateway.address}: unexpected status code 500 while "
         f"pushing to http://{gateway.address}/metrics/job/volumeServer/instance/h%3A1: "
     ) in caplog.text
+
+
+def test_the_masters_configuration_starts_the_push(
+    metrics: ServerMetrics, gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = Process(SimpleNamespace(), SimpleNamespace(), {})  # type: ignore[arg-type]
+    process._metrics = metrics
+    process.context = SimpleNamespace(config=config_for(), awaiting_master=True)  # type: ignore[assignment]
+    process._apply_master(MasterConfiguration(metrics_address=gateway.address, metrics_interval_s=0))
+    process._apply_master(MasterConfiguration(metrics_address="", metrics_interval_s=15))
+    with caplog.at_level("INFO"):
+        process._apply_master(MasterConfiguration(metrics_address=gateway.address, metrics_interval_s=15))
+    end = time.monotonic() + 20
+    while not gateway.got and time.monotonic() < end:
+        time.sleep(0.01)
+    process._quit.set()
+    assert [path for _, path, _, _ in gateway.got] == ["/metrics/job/volumeServer/instance/127.0.0.1%3A8080"]
+    assert f"volumeServer server sends metrics to {gateway.address} every 15 seconds" in caplog.text
 
 
 # --- history ---------------------------------------------------------------------------------------------------------
