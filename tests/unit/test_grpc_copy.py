@@ -886,7 +886,7 @@ def test_the_rate_is_kept(source: Server, target: Server) -> None:
     put(source.make(3), 1, os.urandom(4 << 20))
     began_s = time.monotonic()
     assert copy_volume(target, 3, source.address, io_byte_per_second=4 << 20).code is Code.OK
-    assert 0.5 < time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s > 0.5
 
 
 # -- what a crash leaves ----------------------------------------------------------------------------------------------
@@ -995,6 +995,6 @@ def test_the_rate_of_the_server_is_kept(source: Server, tmp_path: Path) -> None:
     try:
         began_s = time.monotonic()
         assert copy_volume(slow, 3, source.address).code is Code.OK
-        assert 0.5 < time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s > 0.5
     finally:
         slow.end()
