@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -21,6 +22,7 @@ from tls_helpers import HOST, Authority, Identity, grpc_settings, plain_identity
 from pyvolume.ops.context import Events
 from pyvolume.pb import volume_server_pb2
 from pyvolume.security_config import SecurityError, TlsSettings
+from pyvolume.server.grpc import service
 from pyvolume.server.grpc.service import GrpcServer, make_grpc_server
 from pyvolume.server.grpc_tls import CommonNameCheck, name_checks, name_in, secure_channels, server_credentials
 from pyvolume.server.rpc import VOLUME_SERVICE, Channels, RpcFailure
@@ -392,6 +394,19 @@ def test_silent_clients_do_not_keep_others_out(serve: Serve, authority: Authorit
     finally:
         for sock in silent:
             sock.close()
+
+
+def test_handshakes_have_a_limit(
+    serve: Serve, authority: Authority, volume: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(service.SERVER_OPTIONS)
+    assert 0 < options["grpc.server_handshake_timeout_ms"] <= 20_000
+    short = tuple({**options, "grpc.server_handshake_timeout_ms": 500}.items())
+    monkeypatch.setattr(service, "SERVER_OPTIONS", short)
+    side = serve(grpc_settings(volume, authority.path))
+    with socket.create_connection((HOST, side.server.port), TIMEOUT_S) as silent:
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(1) == b"", "cut, not waited for"
 
 
 def test_least_version_is_1_2(serve: Serve, authority: Authority, volume: Identity) -> None:

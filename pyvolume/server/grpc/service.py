@@ -60,7 +60,11 @@ MAX_CALLS_AT_ONCE = 2048
 """Calls running and waiting, over all connections; the library refuses more with RESOURCE_EXHAUSTED."""
 WINDOW_BYTES = 16 << 20
 
+HANDSHAKE_LIMIT_MS = 20_000
+"""Of a new connection, TLS and HTTP/2 together; the library's own limit is two minutes."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_LIMIT_MS),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
