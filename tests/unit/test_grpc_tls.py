@@ -404,9 +404,9 @@ def test_handshakes_have_a_limit(
     short = tuple({**options, "grpc.server_handshake_timeout_ms": 500}.items())
     monkeypatch.setattr(service, "SERVER_OPTIONS", short)
     side = serve(grpc_settings(volume, authority.path))
-    with socket.create_connection((HOST, side.server.port), TIMEOUT_S) as silent:
-        with contextlib.suppress(ConnectionResetError):
-            assert silent.recv(1) == b"", "cut, not waited for"
+    silent = socket.create_connection((HOST, side.server.port), TIMEOUT_S)
+    with silent, contextlib.suppress(ConnectionResetError):
+        assert silent.recv(1) == b"", "cut, not waited for"
 
 
 def test_least_version_is_1_2(serve: Serve, authority: Authority, volume: Identity) -> None:
