@@ -258,6 +258,22 @@ def test_shell_works_over_mutual_tls(cluster: Cluster) -> None:
     wait_for(lambda: not list((cluster.base / "o").glob("shell_*.dat")), "the collection is gone from our disk")
 
 
+def test_shards_travel_over_mutual_tls(cluster: Cluster) -> None:
+    given = assign(cluster, "collection=coded")
+    fid, data = given["fid"], b"coded" * 40_000
+    assert cluster.ask("PUT", f"{given['url']}/{fid}", data, given["auth"])[0] == 201
+    out = cluster.shell(f"ec.encode -volumeId={fid.partition(',')[0]} -collection=coded -force")
+
+    def shards(directory: str) -> int:
+        return len(list((cluster.base / directory).glob("coded_*.ec[0-9][0-9]")))
+
+    assert shards("o") and shards("g"), out
+    assert shards("o") + shards("g") == 14, out
+    read = cluster.read_token(fid)
+    for port in (cluster.own, cluster.go):
+        wait_for(lambda port=port: cluster.ask("GET", f"{HOST}:{port}/{fid}", token=read) == (200, data), "the file")
+
+
 def test_who_has_no_right_is_refused_on_each_path(cluster: Cluster, tmp_path: Path) -> None:
     stranger = Authority(tmp_path / "stranger").issue("client")
     bare, wrong = cluster.authority.client(), cluster.authority.client(stranger)
