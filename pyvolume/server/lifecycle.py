@@ -295,7 +295,7 @@ class Process:
             _log.warning(
                 "storage backend %s.%s of the master is not used: tiering comes later", backend.type, backend.id
             )
-        if answer.metrics_address and answer.metrics_interval_s:
+        if answer.metrics_address and answer.metrics_interval_s > 0:
             self._start_pushing(answer.metrics_address, answer.metrics_interval_s)
 
     def _start_pushing(self, address: str, interval_s: int) -> None:

@@ -184,7 +184,7 @@ def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[Any]]) -
         for row in rows
     )
     return (
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n'
         "</table></div>\n"
     )
 

@@ -603,6 +603,7 @@ def test_the_masters_configuration_starts_the_push(
     process.context = SimpleNamespace(config=config_for(), awaiting_master=True)  # type: ignore[assignment]
     process._apply_master(MasterConfiguration(metrics_address=gateway.address, metrics_interval_s=0))
     process._apply_master(MasterConfiguration(metrics_address="", metrics_interval_s=15))
+    process._apply_master(MasterConfiguration(metrics_address=gateway.address, metrics_interval_s=-1))
     with caplog.at_level("INFO"):
         process._apply_master(MasterConfiguration(metrics_address=gateway.address, metrics_interval_s=15))
     end = time.monotonic() + 20
