@@ -56,7 +56,7 @@ RETRY_S: Final = 5.0
 _SMALL_BUILD: Final = 20_000
 _SST_ENTRIES: Final = 2_000_000
 _BUILD_ENTRIES: Final = 65_536
-_READ_BYTES: Final = 4 << 20
+_READ_BYTES: Final = 1 << 20
 _REOPEN_ATTEMPTS: Final = 2
 _SHARES_MAX: Final = 32
 """The caches of more maps than this share what those get."""
