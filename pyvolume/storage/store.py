@@ -41,7 +41,7 @@ from pyvolume.storage.ec.members import EcMembers
 from pyvolume.storage.ec.volume import EcShardsInfo
 from pyvolume.storage.state import StateFile
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
-from pyvolume.storage.volume_load import LoadOptions, create_volume
+from pyvolume.storage.volume_load import LoadOptions, create_volume, load_volume
 from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part, volume_base_name
 
 log = logging.getLogger(__name__)
@@ -648,10 +648,10 @@ class Store:
             encode.decode(volume, paths, deletes, go_on)
             location = self.locations[volume.disk_id]
             if location.find(vid) is None:
-                self._compact_decoded(location, volume_base_name(collection, vid), go_on)
+                self._compact_decoded(location, collection, vid, go_on)
             self._move_decoded_index(location, volume_base_name(collection, vid))
 
-    def _compact_decoded(self, location: DiskLocation, name: str, go_on: Callable[[], None]) -> None:
+    def _compact_decoded(self, location: DiskLocation, collection: str, vid: int, go_on: Callable[[], None]) -> None:
         """Drops what is deleted from a volume that was just made of shards; a failure is only logged."""
 
         def step(_offset: int) -> bool:
@@ -659,16 +659,22 @@ class Store:
             return True
 
         try:
-            made = location.load_named(name)
-            if made is None:
-                return
+            made = load_volume(
+                location.directory,
+                location.idx_directory,
+                collection,
+                vid,
+                location=location,
+                disk_id=location.disk_id,
+                options=location.options,
+            )
             try:
                 compact.compact(made, go_on=step)
                 compact.commit(made)
             finally:
                 made.close()
         except (StorageError, OSError) as exc:
-            log.error("CompactVolumeFiles %s/%s: %s", location.directory, name, exc)
+            log.error("CompactVolumeFiles %s/%s: %s", location.directory, volume_base_name(collection, vid), exc)
 
     def _move_decoded_index(self, location: DiskLocation, name: str) -> None:
         """Puts the index beside the data, where a mount looks for it; a failure is only logged."""

@@ -397,6 +397,49 @@ def test_ec_message_comes_every_seventeenth_pulse(bench: Bench) -> None:
     assert heartbeat_module.PULSE_S * heartbeat_module.EC_PULSES == 85
 
 
+def ec_info(vid: int, **more: Any) -> EcShardsInfo:
+    return EcShardsInfo(vid, "c", 0b101, (7, 9), "ssd", 1, file_count=4, delete_count=1, encode_ts_ns=12, **more)
+
+
+def test_erasure_coded_volumes_are_told_beside_the_plain_ones(bench: Bench) -> None:
+    master, log = bench.master(silent)
+    store = FakeStore()
+    store.ec.held = [EcHeld(ec_info(5, expire_at_sec=99))]
+    store.ec.expired = [ec_info(6)]
+    bench.beat(store, master.address, pulse_s=600.0)
+    wait_for(lambda: len(log.all()) == 2)
+    volumes, shards = log.all()
+    assert not volumes.has_no_ec_shards
+    assert [gone.id for gone in volumes.deleted_ec_shards] == [6]
+    message = pb.VolumeEcShardInformationMessage(
+        id=5,
+        collection="c",
+        ec_index_bits=5,
+        shard_sizes=[7, 9],
+        disk_type="ssd",
+        disk_id=1,
+        expire_at_sec=99,
+        file_count=4,
+        delete_count=1,
+        encode_ts_ns=12,
+    )
+    assert shards == pb.Heartbeat(ec_shards=[message])
+
+
+def test_shards_that_come_and_go_are_told_at_once(bench: Bench) -> None:
+    master, log = bench.master(silent)
+    store = FakeStore()
+    bench.beat(store, master.address, pulse_s=600.0)
+    wait_for(lambda: len(log.all()) == 2)
+    store.change("new-ec", EcShardsInfo(5, "", 2, (7,), "", 0, encode_ts_ns=3))
+    store.change("deleted-ec", EcShardsInfo(5, "", 2, (0,), "", 0, encode_ts_ns=3))
+    wait_for(lambda: len(log.all()) == 4)
+    new, gone = log.all()[2:]
+    assert [(one.id, one.ec_index_bits, list(one.shard_sizes)) for one in new.new_ec_shards] == [(5, 2, [7])]
+    assert [(one.id, one.ec_index_bits, list(one.shard_sizes)) for one in gone.deleted_ec_shards] == [(5, 2, [0])]
+    assert (new.ip, new.port, gone.ip) == ("10.0.0.1", 8080, "10.0.0.1")
+
+
 # -- deltas -----------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,10 @@ MIRRORING: Final = ".mirror.tmp"
 SHARDS_PER_SLOT: Final = 10
 
 _SHARD_NAME: Final = re.compile(r"\.ec([0-9]{2})$")
-_LEFTOVER: Final = re.compile(r"\.(ec[0-9]{2}(\.tmp|\.rebuilding|\.receiving)|ecx\.tmp|(ecx|ecj|vif)\.mirror\.tmp)$")
+_LEFTOVER: Final = re.compile(
+    r"\.(ec[0-9]{2}\.(tmp|rebuilding|receiving)|(ecx|ecj|ecsum|vif|dat|idx)\.tmp|(ecx|ecj|vif)\.mirror\.tmp)$"
+)
+"""Working names of jobs. At start, after the plain volumes were loaded, nothing that runs has such a file."""
 
 EcChangeKind = Literal["new-ec", "deleted-ec"]
 
@@ -437,13 +440,23 @@ class EcMembers:
             self._reconcile()
 
     def _sweep(self, location: Location) -> None:
-        """Removes working files of jobs that a crash ended."""
-        for place in dict.fromkeys((location.directory, location.idx_directory)):
-            with contextlib.suppress(OSError):
-                for entry in os.listdir(place):
-                    if _LEFTOVER.search(entry):
-                        log.warning("removing %s/%s, which was left by an interrupted job", place, entry)
-                        files.remove_if_exists(f"{place}/{entry}")
+        """Removes working files of jobs that a crash ended. In an index directory, which other servers may use too,
+        only those of volumes that have a file in the data directory."""
+        try:
+            here = os.listdir(location.directory)
+            names = {entry.partition(".")[0] for entry in here}
+            found = [f"{location.directory}/{entry}" for entry in here if _LEFTOVER.search(entry)]
+            if location.idx_directory != location.directory:
+                found += [
+                    f"{location.idx_directory}/{entry}"
+                    for entry in os.listdir(location.idx_directory)
+                    if _LEFTOVER.search(entry) and entry.partition(".")[0] in names
+                ]
+            for path in found:
+                log.warning("removing %s, which was left by an interrupted job", path)
+                files.remove_if_exists(path)
+        except OSError as exc:
+            log.warning("leftovers in %s: %s", location.directory, exc)
 
     def _found(self, location: Location) -> Iterator[tuple[Key, list[int]]]:
         """(volume, ids of its shards with content) by name; empty shard files that are old are removed."""
