@@ -3,6 +3,7 @@
  *
  * Environment, read once: IOTRACE_DIR, an absolute path; nothing else is looked at. IOTRACE_LOG, the file the log goes
  * to (none: no log). IOTRACE_FULL, a path: while something is there, the disk is full.
+ * IOTRACE_FLUSH_US: how long each flush takes, so that others come in meanwhile.
  *
  * The log is a row of entries: a header of 48 bytes (struct entry, native byte order) and its bytes: what was written,
  * a path, two paths with a NUL between them, or a note of the program. An entry stands where its call took effect: one
@@ -50,6 +51,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static char dir[PATH_ROOM];
 static size_t dir_len;
 static const char *full_path;
+static useconds_t flush_us;
 static int log_fd = -1;
 static uint64_t inodes[FDS]; /* of watched descriptors, else 0 */
 static uint64_t next_token;
@@ -88,6 +90,8 @@ static void init(void) {
         memcpy(dir, d, dir_len + 1);
     }
     full_path = getenv("IOTRACE_FULL");
+    const char *us = getenv("IOTRACE_FLUSH_US");
+    flush_us = us != NULL ? (useconds_t)(strtoul(us, NULL, 10) % 1000000U) : 0;
     const char *l = getenv("IOTRACE_LOG");
     if (l != NULL) {
         log_fd = real_open(l, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
@@ -355,6 +359,9 @@ static int do_sync(int fd, int (*call)(int)) {
     pthread_mutex_unlock(&lock);
     if (fails()) {
         return -1;
+    }
+    if (flush_us > 0) {
+        (void)usleep(flush_us);
     }
     int rc = call(fd);
     int saved = errno;

@@ -175,6 +175,7 @@ def trace_of(base: Path, scenario: str, width: int) -> Trace:
     env = os.environ | {
         "IOTRACE_DIR": str(traced),
         "IOTRACE_LOG": str(base / "log"),
+        "IOTRACE_FLUSH_US": "1500" if scenario == "group" else "0",
         "LD_PRELOAD": str(ROOT / "csrc/build/test/libiotrace.so"),
     }
     argv = [sys.executable, str(ROOT / "tests/crash/trace_workload.py"), str(traced), scenario, str(SEED), str(width)]
