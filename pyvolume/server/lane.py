@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 LaneError = native.LaneError
 
-MAX_THREADS = 4
+MOST_THREADS = 64
+DEFAULT_THREADS = 4
 """Of a server that was not told how many: more gain nothing before the disk or the network is the limit."""
 IO_THREADS = 4
 BODY_BYTES = 16 << 20
@@ -56,7 +57,7 @@ class FastLane:
             body_bytes=BODY_BYTES,
             budget_bytes=BUDGET_BYTES,
             idle_timeout_s=config.idle_timeout_s,
-            threads=config.fast_lane_threads or min(MAX_THREADS, os.cpu_count() or 1),
+            threads=min(config.fast_lane_threads or min(DEFAULT_THREADS, os.cpu_count() or 1), MOST_THREADS),
             io_threads=IO_THREADS,
             max_connections=default_connection_limit(raise_nofile_limit()),
             mailbox=MAILBOX,
