@@ -47,7 +47,8 @@ struct pv_scrub {
     pv_idx_row *batch;
     uint64_t batch_first;
     size_t batch_count;
-    uint8_t *window;
+    uint8_t *window; /* window_cap bytes; no larger than the data file of a small volume needs */
+    size_t window_cap;
     uint64_t window_at;
     size_t window_got;
     uint64_t budget; /* bytes this step may still read */
@@ -131,21 +132,22 @@ int pv_scrub_begin(const pv_scrub_opts *o, pv_scrub **out, pv_errinfo *err) {
     s->version = version;
     s->flags = o->flags;
     s->resume_offset = o->resume_offset;
-    s->batch = pv__malloc(BATCH_ROWS * sizeof *s->batch);
-    s->found = pv__malloc(FINDINGS_MAX * sizeof *s->found);
-    if (!(o->flags & PV_SCRUB_INDEX_ONLY)) {
-        s->window = pv__malloc(WINDOW_BYTES);
-    }
-    int rc = 0;
-    if (s->batch == NULL || s->found == NULL || (s->window == NULL && !(o->flags & PV_SCRUB_INDEX_ONLY))) {
-        rc = pv__fail(err, PV_ENOMEM, WINDOW_BYTES, 0, 0, 0);
-    }
-    if (rc == 0) {
-        rc = o->vol != NULL ? snapshot(s, o, err) : take_files(s, o, err);
-    }
+    int rc = o->vol != NULL ? snapshot(s, o, err) : take_files(s, o, err);
     if (rc == 0) {
         s->idx_fd = fcntl(o->idx_fd, F_DUPFD_CLOEXEC, 0);
         rc = s->idx_fd < 0 ? pv__fail_sys(err, errno, 0, 0, 0) : 0;
+    }
+    if (rc == 0) {
+        bool with_window = !(o->flags & PV_SCRUB_INDEX_ONLY);
+        s->window_cap = s->stats.dat_bytes < MIN_FILL       ? MIN_FILL
+                        : s->stats.dat_bytes < WINDOW_BYTES ? (size_t)s->stats.dat_bytes
+                                                            : WINDOW_BYTES;
+        s->batch = pv__malloc(BATCH_ROWS * sizeof *s->batch);
+        s->found = pv__malloc(FINDINGS_MAX * sizeof *s->found);
+        s->window = with_window ? pv__malloc(s->window_cap) : NULL;
+        if (s->batch == NULL || s->found == NULL || (s->window == NULL && with_window)) {
+            rc = pv__fail(err, PV_ENOMEM, s->window_cap, 0, 0, 0);
+        }
     }
     s->stats.rows = s->stats.idx_bytes / (12U + width);
     if (rc == 0 && s->stats.rows > UINT32_MAX) {
@@ -410,13 +412,13 @@ static int stream_long(pv_scrub *s, const entry *e) {
 /* Checks the record in the window, reading on if need be. Negative: not good, or not to be had this way. */
 static int check_in_window(pv_scrub *s, const entry *e) {
     size_t len = (size_t)pv_needle_record_len(e->size, s->version);
-    if (len > WINDOW_BYTES) {
+    if (len > s->window_cap) {
         return stream_long(s, e);
     }
     bool inside = e->offset >= s->window_at && e->offset - s->window_at <= s->window_got &&
                   s->window_got - (size_t)(e->offset - s->window_at) >= len;
     if (!inside) {
-        size_t fill = s->budget < WINDOW_BYTES ? (size_t)s->budget : WINDOW_BYTES;
+        size_t fill = s->budget < s->window_cap ? (size_t)s->budget : s->window_cap;
         fill = fill < MIN_FILL ? MIN_FILL : fill;
         fill = fill < len ? len : fill;
         s->window_at = e->offset;
