@@ -56,8 +56,9 @@ run: build ## development master and one server, a sample upload and read, then 
 
 test: build test-c lint test-py compat asan-quick ## everything CI runs
 
-test-py: build ## the Python tests
+test-py: build ## the Python tests; those of HTTP with the fast lane and without
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+	PYVOLUME_TEST_LANE=off $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/conformance -k http
 
 test-c: system-packages ## C unit tests and the committed fuzz corpora
 	$(MAKE) -s -C csrc test
