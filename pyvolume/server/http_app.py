@@ -361,11 +361,12 @@ class App:
 class HttpServer:
     """One listener: its socket is bound when this is made, it serves while `run` runs."""
 
-    def __init__(self, server: VolumeHTTPServer, ops: Ops, slots: Slots, close: Callable[[], None]) -> None:
+    def __init__(self, server: VolumeHTTPServer, parts: _Shared, close: Callable[[], None]) -> None:
         self._server = server
         self._close = close
-        self.ops = ops
-        self.slots = slots
+        self.ops = parts.ops
+        self.slots = parts.slots
+        self.counts = parts.counts
 
     @property
     def port(self) -> int:
@@ -448,7 +449,7 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
         _forget(context, parts)
         raise
     admission.bind(server)
-    return HttpServer(server, parts.ops, parts.slots, lambda: _forget(context, parts))
+    return HttpServer(server, parts, lambda: _forget(context, parts))
 
 
 def make_admin_server(context: ServerContext) -> HttpServer:

@@ -107,14 +107,14 @@ class ReadCounts:
         self._second = 0
         self._pending = 0
 
-    def count(self) -> None:
-        """One more request now."""
+    def count(self, more: int = 1) -> None:
+        """So many more requests now."""
         now = int(time.time())
         if now == self._second:
-            self._pending += 1
+            self._pending += more
             return
         self._fold(now)
-        self._pending = 1
+        self._pending = more
 
     def _fold(self, now: int) -> None:
         pending, second = self._pending, self._second

@@ -49,6 +49,7 @@ class FastLane:
         self._context = context
         self._admin = admin
         self._public = public
+        self.read_counts = admin.counts
         self._lane = native.Lane(
             context.store.registry,
             admin.ops.mime,
@@ -156,6 +157,8 @@ def watch_lane(metrics: ServerMetrics, lane: FastLane) -> None:
                 more = count - (before.requests.get((public, method, status), 0) if before else 0)
                 if more:
                     metrics.request_total.value(str(status), method).inc(more)
+                    if method in ("GET", "HEAD", "OPTIONS"):
+                        lane.read_counts.count(more)
             for kind, counts in stats.latency.items():
                 old = before.latency.get(kind, ()) if before else ()
                 seconds = stats.seconds[kind] - (before.seconds.get(kind, 0.0) if before else 0.0)

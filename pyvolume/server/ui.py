@@ -184,7 +184,8 @@ def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[Any]]) -
         for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n"
         "</table></div>\n"
     )
 
@@ -260,6 +261,8 @@ def _volume_row(row: dict[str, Any]) -> Sequence[Any]:
 def page(context: ServerContext, counts: ReadCounts) -> bytes:
     """The whole page. Asks every disk for its figures; blocks as long as they do."""
     version = escape(full_version(context.config.offset_bytes))
+    if isinstance(context.events, ServerMetrics):
+        context.events.registry.refresh(counts_only=True)  # reads of the fast lane
     local, remote = _volumes(context)
     coded = _ec_volumes(context)
     system: list[tuple[str, str, str]] = [
