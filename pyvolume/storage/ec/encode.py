@@ -172,11 +172,7 @@ def _write_shards(volume: Volume, ratio: Ratio, paths: dict[int, str], go_on: Go
                 )
 
             sums = stripes.run(shard_bytes, work, go_on)
-            for fd in out_fds:
-                go_on()
-                os.fsync(fd)
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            stripes.sync(out_fds, go_on)
     except engine.NativeError as exc:
         raise from_native(exc.code, exc.info, path=volume.dat_path, operation="write") from exc
     except OSError as exc:

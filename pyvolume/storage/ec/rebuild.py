@@ -166,9 +166,8 @@ def _make(shards: _Shards, working: dict[int, str], sums: sidecar.Sidecar | None
             stripes.run(first, work, go_on)
         except engine.NativeError as exc:
             raise from_native(exc.code, exc.info, path=shards.base, operation="write") from exc
+        stripes.sync(list(out_fds.values()), go_on)
         for shard, fd in out_fds.items():
-            go_on()
-            os.fsync(fd)
             entry = sums.of(shard) if sums is not None else None
             if sums is None or entry is None:
                 continue

@@ -6,6 +6,7 @@ another codes. A job takes WORKERS times 256 KiB for each shard.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Final, TypeVar
@@ -13,6 +14,9 @@ from typing import Final, TypeVar
 from pyvolume.storage.ec.sidecar import BLOCK_BYTES
 
 WORKERS: Final = 2
+
+SYNCERS: Final = 4
+"""Files flushed at a time: a disk works on the flushes of several files together."""
 
 T = TypeVar("T")
 
@@ -40,3 +44,16 @@ def run(total_bytes: int, work: Callable[[int, int], T], go_on: Callable[[], Non
             for future in running:
                 future.cancel()
     return [results[number] for number in range(len(stretches))]
+
+
+def sync(fds: Sequence[int], go_on: Callable[[], None]) -> None:
+    """Flushes files, several at a time. Raises OSError, and what go_on raises once the flushes under way have ended."""
+    with ThreadPoolExecutor(min(SYNCERS, max(1, len(fds))), thread_name_prefix="ec-sync") as pool:
+        running = [pool.submit(os.fsync, fd) for fd in fds]
+        try:
+            for future in running:
+                go_on()
+                future.result()
+        finally:
+            for future in running:
+                future.cancel()
