@@ -155,6 +155,10 @@ int pv_needle_parse(const uint8_t *buf, size_t len, uint8_t version, int32_t exp
         out->append_at_ns = pv__get_be64(tail + CHECKSUM_BYTES);
     }
     out->checksum = stored;
+    if (size > 0 && out->data_size == 0 && stored == 0 && out->append_at_ns == 0 && out->flags == 0) {
+        /* A body of zeros, as a lost page leaves it. Nobody writes a body without data, and no checksum tells. */
+        return pv__fail(err, PV_ECORRUPT, FIELD_DATA, 0, out->id, 0);
+    }
     if (out->data_size > 0 && !(flags & PV_PARSE_NO_CRC)) {
         uint32_t computed = pv_crc32c(0, out->data, out->data_size);
         out->checksum = computed;

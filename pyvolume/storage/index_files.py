@@ -179,7 +179,7 @@ def _is_good(record: engine.ScanRec, version: int) -> bool:
         if version == CURRENT_VERSION:
             return record.id != 0 and _TIME_MIN_NS <= record.append_at_ns < _TIME_MAX_NS
         return bool(record.id)
-    return True
+    return version != CURRENT_VERSION or record.append_at_ns != 0 or record.data_size > 0
 
 
 def _scan(dat_fd: int, version: int, start: int, end: int, *, behind_damage_delete: bool = False) -> _Found:

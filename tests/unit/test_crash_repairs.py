@@ -13,7 +13,7 @@ from storage_util import COOKIE, config_of, create, data_of, load, put, record, 
 from pyvolume import faults
 from pyvolume._native import engine
 from pyvolume._native.compact import Compaction
-from pyvolume.errors import DiskError, NeedleNotFound
+from pyvolume.errors import CorruptNeedle, DiskError, NeedleNotFound
 from pyvolume.storage import compact, compact_recovery, volume_load
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.volume import Volume
@@ -26,6 +26,12 @@ def filled(directory: Path, keys: range = range(1, 9)) -> Volume:
     for key in keys:
         put(volume, key, b"data %d" % key)
     return volume
+
+
+def make_newer(path: Path) -> None:
+    """Surely written after everything else, whatever the clock of the file system can tell apart."""
+    later_ns = path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(path, ns=(later_ns, later_ns))
 
 
 def absent(volume: Volume, key: int) -> bool:
@@ -128,6 +134,23 @@ def test_delete_of_a_lost_needle_is_no_empty_file(tmp_path: Path) -> None:
     assert data_of(volume, 1) == b"stays"
     assert absent(volume, 2)
     assert rows_in(idx)[-1][2] == -1
+    volume.close()
+
+
+def test_body_of_zeros_is_no_empty_file(tmp_path: Path) -> None:
+    """A lost page behind a header: no data, so no checksum was compared, and a GET gave 200 with nothing."""
+    volume = filled(tmp_path)
+    entry = volume.lookup(3)
+    volume.close()
+    dat = tmp_path / "3.dat"
+    content = bytearray(dat.read_bytes())
+    end = entry.offset + engine.needle_record_len(entry.size, 3)
+    content[entry.offset + 16 : end] = bytes(end - entry.offset - 16)
+    dat.write_bytes(content)
+    volume = load(tmp_path, 3)
+    with pytest.raises(CorruptNeedle):
+        volume.read_needle(3)
+    assert data_of(volume, 4) == b"data 4"
     volume.close()
 
 
@@ -239,7 +262,7 @@ def test_copy_without_the_last_flushed_write_is_not_taken_over(tmp_path: Path) -
     volume.close()
     idx = tmp_path / "3.idx"
     idx.write_bytes(idx.read_bytes()[:-ROW])
-    os.utime(tmp_path / "3.cpx")
+    make_newer(tmp_path / "3.cpx")
     compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
     assert not (tmp_path / "3.cpd").exists()
     volume = load(tmp_path, 3)
@@ -256,7 +279,7 @@ def test_damaged_copy_is_not_taken_over(tmp_path: Path) -> None:
     content = bytearray(cpd.read_bytes())
     content[100:160] = bytes(60)
     cpd.write_bytes(content)
-    os.utime(tmp_path / "3.cpx")
+    make_newer(tmp_path / "3.cpx")
     compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
     assert not cpd.exists()
     volume = load(tmp_path, 3)
@@ -269,7 +292,7 @@ def test_sound_copy_is_taken_over(tmp_path: Path) -> None:
     volume = filled(tmp_path)
     assert compact.compact(volume) is not None
     volume.close()
-    os.utime(tmp_path / "3.cpx")
+    make_newer(tmp_path / "3.cpx")
     compact_recovery.recover(str(tmp_path), str(tmp_path), "3")
     assert not (tmp_path / "3.cpd").exists()
     volume = load(tmp_path, 3)
