@@ -309,7 +309,7 @@ enum pv_read_flag {
     PV_READ_DELETED = 1, /* readDeleted: serve a deleted needle whose old size is known */
     PV_READ_META_OK = 2, /* a needle with size > PV_META_ONLY_ABOVE may be read without its data (data == NULL) */
     PV_READ_ENTRY = 4,   /* use *entry instead of the map */
-    PV_READ_CACHED = 8   /* do not wait for the disk: PV_ESYS with EAGAIN when not all of the record is in the page cache,
+    PV_READ_CACHED = 8 /* do not wait for the disk: PV_ESYS with EAGAIN when not all of the record is in the page cache,
                             with EOPNOTSUPP where the file system cannot tell. Not with PV_READ_META_OK */
 };
 #define PV_META_ONLY_ABOVE 1048576
@@ -1018,15 +1018,15 @@ enum pv_lane_reason {
 #define PV_LANE_REASONS 12
 
 typedef struct pv_lane_opts {
-    pv_reg *registry;    /* must outlive the lane, as must mime */
-    const pv_mime *mime; /* may be NULL */
-    const char *server;  /* copied: value of the Server header */
-    uint64_t size_limit_bytes;  /* of -fileSizeLimitMB */
-    uint64_t body_bytes;        /* largest body, and largest needle, that is served here */
-    uint64_t budget_bytes;      /* bodies and unsent answers in memory, over all connections */
-    uint32_t idle_timeout_ms;   /* 0: never */
-    uint32_t threads;           /* at least 1 */
-    uint32_t io_threads;        /* at least 1: for reads that miss the page cache, and large writes */
+    pv_reg *registry;          /* must outlive the lane, as must mime */
+    const pv_mime *mime;       /* may be NULL */
+    const char *server;        /* copied: value of the Server header */
+    uint64_t size_limit_bytes; /* of -fileSizeLimitMB */
+    uint64_t body_bytes;       /* largest body, and largest needle, that is served here */
+    uint64_t budget_bytes;     /* bodies and unsent answers in memory, over all connections */
+    uint32_t idle_timeout_ms;  /* 0: never */
+    uint32_t threads;          /* at least 1 */
+    uint32_t io_threads;       /* at least 1: for reads that miss the page cache, and large writes */
     uint32_t max_connections;
     uint32_t mailbox; /* connections that wait to be taken over, at most */
     uint32_t serve;   /* enum pv_lane_serve */
@@ -1057,8 +1057,8 @@ typedef struct pv_lane_stats {
     uint64_t io_jobs;
     uint64_t received_bytes;
     uint64_t sent_bytes;
-    uint64_t held_bytes;                                      /* of the budget, now */
-    uint64_t handed_over[PV_LANE_REASONS];                    /* by enum pv_lane_reason */
+    uint64_t held_bytes;                                       /* of the budget, now */
+    uint64_t handed_over[PV_LANE_REASONS];                     /* by enum pv_lane_reason */
     uint64_t requests[2 * PV_LANE_METHODS * PV_LANE_STATUSES]; /* [public][method][status] */
     uint64_t nanoseconds[2 * PV_LANE_METHODS];
     uint64_t latency[2 * PV_LANE_METHODS * PV_LANE_BUCKETS]; /* not cumulated */

@@ -75,8 +75,7 @@ typedef struct known {
     uint8_t field;
 } known;
 
-#define KNOWN(text, field)                                                                                             \
-    { text, sizeof(text) - 1, field }
+#define KNOWN(text, field) {text, sizeof(text) - 1, field}
 /* The usual ones first. The other lane does not look at those that are ignored (tokens: only with a signing key, and then
  * such requests are not served here). */
 static const known names[] = {
