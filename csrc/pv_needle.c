@@ -155,8 +155,9 @@ int pv_needle_parse(const uint8_t *buf, size_t len, uint8_t version, int32_t exp
         out->append_at_ns = pv__get_be64(tail + CHECKSUM_BYTES);
     }
     out->checksum = stored;
-    if (size > 0 && out->data_size == 0 && stored == 0 && out->append_at_ns == 0 && out->flags == 0) {
-        /* A body of zeros, as a lost page leaves it. Nobody writes a body without data, and no checksum tells. */
+    if (version != 1 && size > DATA_SIZE_BYTES && out->data_size == 0 &&
+        (out->flags == 0 || (stored != 0 && stored != pv_crc_legacy(0) && !(flags & PV_PARSE_NO_CRC)))) {
+        /* Zeros, as a lost page leaves them. Nobody writes a body without data, and the checksum is of some. */
         return pv__fail(err, PV_ECORRUPT, FIELD_DATA, 0, out->id, 0);
     }
     if (out->data_size > 0 && !(flags & PV_PARSE_NO_CRC)) {

@@ -48,7 +48,12 @@ class MountedStore(HttpStore):
 
     def get(self, key: int) -> bytes | None:
         before = self.presence.number
-        data = super().get(key)
+        try:
+            data = super().get(key)
+        except AssertionError:  # a read that was under way when the volume was closed
+            if self.presence.surely_there(before):
+                raise
+            raise Refused from None
         if data is None and not self.presence.surely_there(before):
             raise Refused
         return data
