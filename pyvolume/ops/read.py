@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pyvolume._native import http as native
-from pyvolume.errors import CorruptNeedle, CrcMismatch, NeedleDeleted, NeedleNotFound, PyvolumeError, StorageError
+from pyvolume.errors import (
+    CorruptNeedle,
+    CrcMismatch,
+    NeedleDeleted,
+    NeedleNotFound,
+    PyvolumeError,
+    StorageError,
+    VolumeClosed,
+)
 from pyvolume.ops import gz, images, manifest, proxy
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
@@ -170,8 +178,8 @@ def _checked(
 
 
 def _failed(ops: Ops, request: Request, exc: StorageError) -> Response:
-    """404 for what is not there, 500 for what cannot be read."""
-    if isinstance(exc, NeedleNotFound):
+    """404 for what is not there, a volume that was just unmounted included, 500 for what cannot be read."""
+    if isinstance(exc, NeedleNotFound | VolumeClosed):
         if not isinstance(exc, NeedleDeleted):
             ops.events.invalid_needle()
         return proxy.not_found(ops)

@@ -48,12 +48,7 @@ class MountedStore(HttpStore):
 
     def get(self, key: int) -> bytes | None:
         before = self.presence.number
-        try:
-            data = super().get(key)
-        except AssertionError:  # a read that was under way when the volume was closed
-            if self.presence.surely_there(before):
-                raise
-            raise Refused from None
+        data = super().get(key)
         if data is None and not self.presence.surely_there(before):
             raise Refused
         return data

@@ -143,7 +143,7 @@ def test_what_settings_allow(security: SecurityConfig, limits: tuple[int, int], 
     context = SimpleNamespace(
         config=ServerConfig(), security=security, store=SimpleNamespace(registry=engine.Registry())
     )
-    fast = glue.FastLane(cast("Any", context), cast("Any", SimpleNamespace(ops=ops)), None)
+    fast = glue.FastLane(cast("Any", context), cast("Any", SimpleNamespace(ops=ops, counts=None)), None)
     assert fast._may_serve(security) == serve
 
 
