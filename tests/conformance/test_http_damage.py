@@ -41,6 +41,19 @@ def test_a_damaged_small_needle_is_500(tmp_path: Path) -> None:
         assert (deleted.status, deleted.body) == (404, b'{"size":0}')
 
 
+def test_a_read_that_meets_a_volume_just_closed_is_404(tmp_path: Path) -> None:
+    """Between finding a volume and reading from it, an unmount may close it: it was 500."""
+    with serving(tmp_path) as bench:
+        fid = bench.fid()
+        bench.ask("PUT", f"/{fid}", (OCTETS,), SMALL)
+        volume = bench.context.store.find_volume(int(fid.split(",")[0]))
+        assert volume is not None
+        volume.close()
+        for method in ("GET", "HEAD"):
+            reply = bench.ask(method, f"/{fid}")
+            assert (reply.status, reply.body) == (404, b"")
+
+
 def test_a_damaged_large_needle_is_delivered_and_counted(tmp_path: Path) -> None:
     seen: list[str] = []
     with serving(tmp_path) as bench:
