@@ -421,6 +421,19 @@ static int ends_boundary(pv_text rest) {
            (rest.n >= 2 && rest.p[0] == '-' && rest.p[1] == '-');
 }
 
+/* The first newline of t, or NULL. By memchr: memmem goes byte by byte for a needle this short. */
+static const char *find_newline(pv_text t, pv_text newline) {
+    const char *at = t.p;
+    const char *end = t.p + t.n;
+    while (at < end && (at = memchr(at, newline.p[0], (size_t)(end - at))) != NULL) {
+        if ((size_t)(end - at) >= newline.n && memcmp(at, newline.p, newline.n) == 0) {
+            return at;
+        }
+        at++;
+    }
+    return NULL;
+}
+
 /* Bytes of a part from r->at on: *data, and r->at behind them. 1 if a boundary ends them, 0 if the body just stops
  * (*data is what Go would still have given out), -1 if it stops behind what could have been one: then Go reports the
  * end together with the last byte. */
@@ -444,7 +457,7 @@ static int part_data(struct reader *r, pv_text *data) {
     }
     size_t from = at; /* bytes before it are surely data */
     for (;;) {
-        const char *hit = at < t.n ? memmem(t.p + at, t.n - at, newline.p, newline.n) : NULL;
+        const char *hit = at < t.n ? find_newline(pv__slice(t, at, t.n), newline) : NULL;
         if (hit == NULL) {
             break;
         }
