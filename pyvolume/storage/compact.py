@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -57,6 +57,13 @@ class RateLimit:
         now_s = time.monotonic()
         self._ready_s = max(self._ready_s, now_s - PAUSE_MAX_S) + done_bytes / self._rate
         return max(0.0, self._ready_s - now_s)
+
+    def waits(self, done_bytes: int) -> Iterator[None]:
+        """Sleeps what pause_s says, in pieces of at most PAUSE_MAX_S; yields after each, so that one can stop."""
+        end_s = time.monotonic() + self.pause_s(done_bytes)
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, PAUSE_MAX_S))
+            yield
 
 
 def compact(
@@ -112,7 +119,9 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
             after = copy.stat()
             if not go_on(after.source_offset):
                 raise CompactionInterrupted("interrupted")
-            _wait(limit.pause_s(after.new_dat_bytes - before.new_dat_bytes), after, go_on)
+            for _ in limit.waits(after.new_dat_bytes - before.new_dat_bytes):
+                if not go_on(after.source_offset):
+                    raise CompactionInterrupted("interrupted")
             before = after
         fault("compact.finish")
         copy.finish()
@@ -132,15 +141,6 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
         raise
     volume.compaction = copy
     return stats
-
-
-def _wait(pause_s: float, stats: CompactStats, go_on: Callable[[int], bool]) -> None:
-    """Sleeps in short pieces, so that an interruption is seen within half a second."""
-    end_s = time.monotonic() + pause_s
-    while (left_s := end_s - time.monotonic()) > 0:
-        time.sleep(min(left_s, PAUSE_MAX_S))
-        if not go_on(stats.source_offset):
-            raise CompactionInterrupted("interrupted")
 
 
 def _check_room(volume: Volume, stat: engine.VolumeStat, preallocate_bytes: int) -> None:

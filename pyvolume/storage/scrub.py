@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -19,7 +18,7 @@ from pyvolume._native import engine
 from pyvolume._native.scrub import Scrub, ScrubFinding, ScrubStats
 from pyvolume.errors import NativeCode, StorageError, from_native, os_error_text
 from pyvolume.faults import fault
-from pyvolume.storage.compact import PAUSE_MAX_S, RateLimit
+from pyvolume.storage.compact import RateLimit
 from pyvolume.storage.superblock import SUPER_BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -170,11 +169,10 @@ def run(scrub: Scrub, bytes_per_s: int) -> Iterable[ScrubStats]:
         more = scrub.step(step_bytes)
         stats = scrub.stat()
         yield stats
-        end_s = time.monotonic() + limit.pause_s(stats.read_bytes - read_bytes)
+        if more:
+            for _ in limit.waits(stats.read_bytes - read_bytes):
+                yield stats
         read_bytes = stats.read_bytes
-        while more and (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, PAUSE_MAX_S))
-            yield stats
 
 
 def overlap_text(found: ScrubFinding) -> str:

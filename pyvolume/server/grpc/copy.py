@@ -7,7 +7,6 @@ copied volume goes last, a lost reply deletes nothing) and S5.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from threading import Event
@@ -34,7 +33,6 @@ MAX_VIF_BYTES = 1 << 20
 CLIENT_SILENCE_LIMIT_S = 600.0
 """How long a client may take nothing of what is sent to it, or push nothing: then its call is cut."""
 CUT_TOLD_WITHIN_S = 0.25
-PAUSE_STEP_S = 0.25
 
 
 # -- one file ---------------------------------------------------------------------------------------------------------
@@ -294,17 +292,15 @@ class _Transfer:
                 if extension == ".dat" and file.bytes_written > report_at:
                     yield pb.VolumeCopyResponse(processed_bytes=file.bytes_written)
                     report_at = file.bytes_written + REPORT_INTERVAL_BYTES
-                self._pause(self._limit.pause_s(len(content)))
+                self._pause(len(content))
         if modified_ts_ns == 0:
             self._incoming.drop(extension)  # the source has no such file
             return
         file.finish(modified_ts_ns)
 
-    def _pause(self, pause_s: float) -> None:
+    def _pause(self, moved_bytes: int) -> None:
         self._call.check()
-        end_s = time.monotonic() + pause_s
-        while (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, PAUSE_STEP_S))
+        for _ in self._limit.waits(moved_bytes):
             self._call.check()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +16,7 @@ from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.address import same_server, with_grpc_port
 from pyvolume.server.grpc import wire
 from pyvolume.server.grpc.calls import Call, check_file_part
-from pyvolume.server.grpc.copy import PAUSE_STEP_S, peer_address
+from pyvolume.server.grpc.copy import peer_address
 from pyvolume.server.pull import PeerLink
 from pyvolume.server.rpc import RpcFailure
 from pyvolume.storage import copy as storage_copy
@@ -118,9 +117,7 @@ class _Puller:
 
     def _pause(self, moved: int) -> None:
         self._call.check()
-        end_s = time.monotonic() + self._limit.pause_s(moved)
-        while (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, PAUSE_STEP_S))
+        for _ in self._limit.waits(moved):
             self._call.check()
 
 
