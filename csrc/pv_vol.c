@@ -653,7 +653,9 @@ static int read_entry(pv_vol *v, gen *g, uint64_t id, uint32_t flags, pv_read *o
     if (rc == 0 && whole) {
         rc = read_record(v, g, out->entry.offset, size, (flags & PV_READ_CACHED) != 0, out, err);
     }
-    note_io(v, rc, err);
+    if (!(flags & PV_READ_CACHED) || rc == 0) { /* a miss of the page cache says nothing of the disk */
+        note_io(v, rc, err);
+    }
     return rc;
 }
 
@@ -1181,7 +1183,9 @@ static int check_existing(pv_vol *v, const change *c, const pv_needle *n, uint32
     if (got < PV_NEEDLE_HEADER) {
         return pv__fail(err, PV_EEOF, prior->offset, PV_NEEDLE_HEADER, got, AT_EXISTING);
     }
-    if (!v->has_ttl && prior->size > 0 && is_unchanged(v, c->g, prior, n, checksum, head, got)) {
+    /* A failed flush may have lost what the page cache still shows: then "the same" is no promise of being on disk. */
+    if (!v->has_ttl && prior->size > 0 && !(c->fsync && v->flush_failed) &&
+        is_unchanged(v, c->g, prior, n, checksum, head, got)) {
         *unchanged = true;
         return 0;
     }
@@ -1349,7 +1353,7 @@ static int write_blob_locked(pv_vol *v, change *c, int32_t size, const uint8_t *
     }
     out->size = size;
     out->offset = pv__load_u64(&c->g->dat_end);
-    if (is_same_blob(v, c, size, blob, len)) {
+    if (!(c->fsync && v->flush_failed) && is_same_blob(v, c, size, blob, len)) {
         out->unchanged = 1;
         out->offset = c->p.prior.offset;
         return change_nothing(v, c, err);

@@ -601,6 +601,10 @@ static void test_eio_count(void) {
     no_faults();
     CHECK_EQ(read_code(v, 99, 0), PV_ENOTFOUND); /* no input or output: says nothing of the disk */
     CHECK_EQ(stat_of(v).eio_count, 1);
+    fail_next(&f, PV__IO_PREAD, EAGAIN); /* nor does a miss of the page cache */
+    CHECK_EQ(read_code(v, 1, PV_READ_CACHED), PV_ESYS);
+    no_faults();
+    CHECK_EQ(stat_of(v).eio_count, 1);
     CHECK_EQ(read_code(v, 1, 0), 0);
     CHECK_EQ(stat_of(v).eio_count, 0);
     close_and_drop(v);
