@@ -947,8 +947,8 @@ class Volume:
 
         Entering the quarantine makes the volume read-only in memory; nothing is deleted. May wait for an append.
         """
-        count = self.stat().eio_count
         with self._state_lock:
+            count = self.stat().eio_count  # of the handle in force: another may have come while this waited
             if count < self._eio_forgiven:
                 self._eio_forgiven = 0
             if not self._quarantined:
