@@ -2,7 +2,7 @@
 
 `engine` wraps formats, volume handles, scans and the registry; `http` the HTTP semantics that both lanes share. Must
 not import anything of pyvolume but `_pv` and the leaves. Importing this package completes all lazily built types of
-cffi on the importing thread, before there are others (python-cffi #271).
+cffi on the importing thread, before there are others.
 """
 
 from __future__ import annotations
