@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pyvolume.faults import fault
 
@@ -116,6 +117,64 @@ def remove_if_exists(path: str) -> int:
     return st.st_size
 
 
+_NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""Why a second name for a file may be refused where a copy is possible."""
+
+
+def _copy_synced(source: str, target: str) -> None:
+    shutil.copyfile(source, target)
+    shutil.copystat(source, target)
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def second_name(source: str, target: str) -> None:
+    """Gives a file a second name, durably: a hard link, or where none can be made a copy. What target was is replaced.
+
+    The source stays; where target is a copy nobody may write to either until one of the two is gone. On an error
+    target is what it was, unless only making it durable failed: then it is gone.
+    """
+    temporary = target + ".tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.link(source, temporary)
+        except OSError as exc:
+            if exc.errno not in _NO_LINK:
+                raise
+            _copy_synced(source, temporary)
+        os.rename(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # a rename of one name of a file onto another does nothing
+    try:
+        sync_dir(os.path.dirname(target))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(target)
+        raise
+
+
+def drop_name(path: str) -> None:
+    """Removes a name so that a crash cannot bring it back. On an error it is still there."""
+    temporary = path + ".tmp"
+    os.rename(path, temporary)
+    try:
+        sync_dir(os.path.dirname(path))
+    except BaseException:
+        os.rename(temporary, path)
+        raise
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+
+
 def move_file(source: str, target: str) -> None:
     """Renames, or across file systems copies, syncs and removes the source. On an error only the source is left."""
     try:
@@ -127,13 +186,7 @@ def move_file(source: str, target: str) -> None:
         sync_dir(os.path.dirname(target))
         return
     try:
-        shutil.copyfile(source, target)
-        shutil.copystat(source, target)
-        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _copy_synced(source, target)
         sync_dir(os.path.dirname(target))
         os.unlink(source)
     except BaseException:

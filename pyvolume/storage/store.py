@@ -11,6 +11,7 @@ fast lane and is edited here only. Upstream: `weed/storage/store.go`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from typing import Final, Literal, Protocol
 
 from pyvolume._native import engine
 from pyvolume.config import DirConfig
-from pyvolume.digest import report_hash
 from pyvolume.errors import (
     BadRequest,
     NativeCode,
@@ -31,6 +31,7 @@ from pyvolume.errors import (
     VolumeNotEmpty,
     VolumeNotFound,
     from_os_error,
+    os_error_text,
 )
 from pyvolume.faults import fault
 from pyvolume.security_config import DiskProbeConfig
@@ -443,18 +444,6 @@ class Store:
             location.pending_creations += 1
             return location
 
-    def find_free_location(self, wanted: Callable[[DiskLocation], bool] | None = None) -> DiskLocation | None:
-        """The directory with the most free slots for a copied volume, low disks left out; None if none has one.
-
-        Quirk: a directory without a limit (-max 0, before the first heartbeat) has no slots. Upstream:
-        FindFreeLocation.
-        """
-        best, most = None, 0
-        for location in self.locations:
-            if (wanted is None or wanted(location)) and not location.is_low and location.free_slots > most:
-                best, most = location, location.free_slots
-        return best
-
     def mount_volume(self, vid: int) -> Volume:
         """Loads a volume from the first directory that has files of it; one that is mounted stays so.
 
@@ -597,14 +586,23 @@ class Store:
     def consolidate_index(self, vid: int) -> None:
         """Moves an index that lies beside the data to the idx directory; reads go on. Nothing to do is success.
 
-        Raises VolumeNotFound `volume %d not found on disk`, StorageError `relocate index for volume %d: move .idx: …`.
+        Raises VolumeNotFound `volume %d not found on disk`, StorageError `relocate index for volume %d: move .idx: …`;
+        the latter also when the name there is that of a copy of the volume on another disk, whose index upstream
+        overwrites.
         """
         with self._ids.hold(vid):
             volume = self.find_volume(vid)
             if volume is None or volume.location is None:
                 raise VolumeNotFound(f"volume {vid} not found on disk")
-            if volume.location.idx_directory != volume.location.directory:
-                volume.relocate_index(volume.location.idx_directory)
+            target = volume.location.idx_directory
+            if target == volume.location.directory:
+                return
+            path = f"{target}/{volume_base_name(volume.collection, vid)}.idx"
+            others = (location.find(vid) for location in self.locations if location is not volume.location)
+            if any(other is not None and other.idx_path == path for other in others):
+                reason = os_error_text("rename", f"{volume.idx_path} {path}", errno.EEXIST)
+                raise StorageError(f"relocate index for volume {vid}: move .idx: {reason}")
+            volume.relocate_index(target)
 
     # --------------------------------------------------------------------------------------------------- erasure coding
 
@@ -795,11 +793,3 @@ class Store:
     def max_file_key(self) -> int:
         """The largest key over all volumes at the last `heartbeat_volumes`."""
         return self._max_file_key
-
-
-def volumes_digest(infos: list[VolumeStatusInfo]) -> int:
-    """XOR of the report hashes of the volumes of a heartbeat (contract grpc.md 12)."""
-    digest = 0
-    for info in infos:
-        digest ^= report_hash(info)
-    return digest

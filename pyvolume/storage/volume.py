@@ -464,10 +464,13 @@ class Volume:
         except DiskError as exc:
             raise type(exc)(f"volume {self.vid} reopen idx for write: {exc}", exc.errno, path=exc.path) from exc
 
-    def _exchange_handle(self, options: HandleOptions, idx_directory: str) -> None:
+    def _exchange_handle(
+        self, options: HandleOptions, idx_directory: str, *, settle: Callable[[], None] = lambda: None
+    ) -> None:
         """Needs the state lock. Opens a second handle on the files, then closes the first; readers go over by a retry.
 
-        No append can fall between the two: the old handle refuses writes before the new one reads the files.
+        No append can fall between the two: the old handle refuses writes before the new one reads the files. `settle`
+        is called between: behind it nothing fails. On an error the old handle serves as before.
         """
         old = self._handle
         self._refuse_all(old)
@@ -481,7 +484,13 @@ class Volume:
                 ttl=self.ttl,
                 last_append_at_ns=old.stat().last_append_at_ns,
             )
-        except StorageError:
+            try:
+                settle()
+            except BaseException:
+                with contextlib.suppress(engine.NativeError):
+                    new.close()
+                raise
+        except BaseException:
             self._apply_read_only()
             raise
         figures = old.stat()  # what the new handle cannot know
@@ -516,24 +525,41 @@ class Volume:
             self.release()
 
     def _relocate_index(self, new_directory: str) -> None:
-        """Needs the state lock."""
+        """Needs the state lock.
+
+        The index has both names until a handle is open on the new one: so a failure leaves the old handle on a file that
+        has its name. Nothing is written meanwhile, so after a crash either name will do.
+        """
         old_base = self.idx_base_path
         new_base = f"{new_directory}/{volume_base_name(self.collection, self.vid)}"
+        old_path, new_path = old_base + ".idx", new_base + ".idx"
+        what = f"relocate index for volume {self.vid}"
+        if not files.exists(self.vif_path):
+            self._save_info()  # a start finds the volume by it, once no index is beside the data
         self._refuse_all(self._handle)
         try:
-            files.move_file(old_base + ".idx", new_base + ".idx")
+            files.second_name(old_path, new_path)
         except OSError as exc:
             self._apply_read_only()
-            reason = os_error_text("rename", f"{old_base}.idx {new_base}.idx", exc.errno or 0)
-            raise disk_error(f"relocate index for volume {self.vid}: move .idx: {reason}", exc.errno or 0) from exc
+            reason = os_error_text("rename", f"{old_path} {new_path}", exc.errno or 0)
+            raise disk_error(f"{what}: move .idx: {reason}", exc.errno or 0) from exc
         try:
-            self._exchange_handle(self._options, new_directory)
-        except StorageError as exc:
-            files.move_file(new_base + ".idx", old_base + ".idx")
-            raise StorageError(f"relocate index for volume {self.vid}: {exc}") from exc
+            self._exchange_handle(self._options, new_directory, settle=lambda: files.drop_name(old_path))
+        except (StorageError, OSError) as exc:
+            try:
+                files.remove_if_exists(new_path)
+                files.remove_if_exists(rocks_path_of(new_path))
+            except OSError as left:
+                log.warning("volume %d: %s: %s (a copy that is not used)", self.vid, what, left)
+            if isinstance(exc, OSError):
+                reason = os_error_text("rename", f"{old_path} {new_path}", exc.errno or 0)
+                raise disk_error(f"{what}: move .idx: {reason}", exc.errno or 0) from exc
+            raise StorageError(f"{what}: {exc}") from exc
         try:
-            files.remove_if_exists(rocks_path_of(old_base + ".idx"))
-            if files.exists(old_base + ".sdx"):
+            files.remove_if_exists(rocks_path_of(old_path))
+            if self._options.sorted_map:  # the new handle has made its own
+                files.remove_if_exists(old_base + ".sdx")
+            elif files.exists(old_base + ".sdx"):
                 files.move_file(old_base + ".sdx", new_base + ".sdx")
         except OSError as exc:
             log.warning("relocate volume %d: move .sdx: %s (will rebuild)", self.vid, exc)

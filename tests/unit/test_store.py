@@ -14,6 +14,7 @@ import pytest
 from storage_util import COOKIE, PLAIN, Config, config_of, create, data_of, dir_config, golden, put
 
 from pyvolume._native import engine
+from pyvolume.digest import report_hash
 from pyvolume.errors import (
     BadRequest,
     DirectoryInUse,
@@ -31,7 +32,7 @@ from pyvolume.faults import set_points
 from pyvolume.storage import disk_space, state, vif
 from pyvolume.storage.disk_space import DiskUsage
 from pyvolume.storage.state import ServerState, StateFile
-from pyvolume.storage.store import Store, volumes_digest
+from pyvolume.storage.store import Store
 from pyvolume.storage.volume import NeedleIn, VolumeShortInfo, VolumeStatusInfo
 from pyvolume.types import ReplicaPlacement, Ttl
 
@@ -136,23 +137,6 @@ def test_placement_among_directories(tmp_path: Path) -> None:
             store.allocate_volume(9, "", PLAIN)
         store.locations[1].is_unavailable = False
         assert store.allocate_volume(9, "", PLAIN).disk_id == 1
-
-
-def test_location_for_a_copy(tmp_path: Path) -> None:
-    dirs = (
-        dir_config(tmp_path / "a", max_volumes=4),
-        dir_config(tmp_path / "b", max_volumes=5),
-        dir_config(tmp_path / "c", max_volumes=0),
-    )
-    with running(Config(dirs)) as store:
-        a, b, _ = store.locations
-        assert store.find_free_location() is b
-        store.allocate_volume(1, "", PLAIN), store.allocate_volume(2, "", PLAIN)
-        assert store.find_free_location(lambda location: location is a) is a
-        b.is_low = True
-        assert store.find_free_location() is a
-        a.is_low = True
-        assert store.find_free_location() is None, "quirk: a directory without a limit has no slots"
 
 
 def test_failed_allocation_gives_its_slot_back(store: Store) -> None:
@@ -509,6 +493,22 @@ def test_consolidate_index(tmp_path: Path) -> None:
         assert data_of(store.find_volume(3), 2) == b"y"
 
 
+def test_index_of_a_copy_on_another_disk_is_not_overwritten(tmp_path: Path) -> None:
+    """Two disks with one directory for indexes: the second copy's lies there already."""
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    first, second = create(tmp_path / "a", 3), create(tmp_path / "b", 3, idx=idx)
+    put(first, 1, b"x"), put(second, 2, b"y")
+    first.close(), second.close()
+    with running(config_of(tmp_path / "a", tmp_path / "b", idx=idx)) as store:
+        text = f"^relocate index for volume 3: move .idx: rename {tmp_path}/a/3.idx {idx}/3.idx: file exists$"
+        with pytest.raises(StorageError, match=text):
+            store.consolidate_index(3)
+        copies = [location.find(3) for location in store.locations]
+        put(copies[0], 4, b"still writable")
+        assert data_of(copies[1], 2) == b"y" and data_of(copies[0], 1) == b"x"
+
+
 # ------------------------------------------------------------------------------------------------------------ heartbeat
 
 
@@ -573,11 +573,9 @@ BASE = VolumeStatusInfo(5, 8, "cc", 0, 0, 0, False, 1, 3, 771, 0, 1795424088, ""
 
 def test_digest_vectors() -> None:
     """Values a Go server sent (contract grpc.md 12)."""
-    assert volumes_digest([BASE]) == 7754252933588234796
-    assert volumes_digest([replace(BASE, read_only=True)]) == 10365280101075984987
-    assert volumes_digest([]) == 0
-    assert volumes_digest([BASE, BASE]) == 0
-    assert volumes_digest([replace(BASE, remote_storage_key="x", max_file_key=9)]) == volumes_digest([BASE])
+    assert report_hash(BASE) == 7754252933588234796
+    assert report_hash(replace(BASE, read_only=True)) == 10365280101075984987
+    assert report_hash(replace(BASE, remote_storage_key="x", max_file_key=9)) == report_hash(BASE)
     changes = {
         "id": 6,
         "size": 9,
@@ -594,8 +592,8 @@ def test_digest_vectors() -> None:
         "disk_type": "ssd",
         "disk_id": 1,
     }
-    digests = {volumes_digest([replace(BASE, **{name: value})]) for name, value in changes.items()}
-    assert len(digests) == len(changes) and volumes_digest([BASE]) not in digests
+    digests = {report_hash(replace(BASE, **{name: value})) for name, value in changes.items()}
+    assert len(digests) == len(changes) and report_hash(BASE) not in digests
 
 
 def test_auto_sized_maximum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ from pyvolume.errors import (
     VolumeNotEmpty,
     VolumeReadOnly,
 )
-from pyvolume.storage import vif
+from pyvolume.storage import files, vif
+from pyvolume.storage import volume as volume_module
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.volume import NeedleIn, Volume
 from pyvolume.types import Ttl
@@ -552,6 +554,25 @@ def test_quarantine_is_sticky(volume: Volume, caplog: pytest.LogCaptureFixture) 
     volume._handle = handle
 
 
+def test_errors_of_a_handle_that_was_replaced_meanwhile_do_not_quarantine(volume: Volume) -> None:
+    """The heartbeat's check waited for a mark as writable, which had just opened the files anew."""
+    handle = volume._handle
+    volume._handle = CountedStat(handle, 3)  # type: ignore[assignment]
+    lock = volume._state_lock
+
+    class LockWonLate:
+        def __enter__(self) -> None:
+            volume._handle = handle
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    volume._state_lock = LockWonLate()  # type: ignore[assignment]
+    assert volume.check_io_health() and not volume.is_read_only
+    volume._state_lock = lock
+
+
 # ---------------------------------------------------------------------------------------------------------- end of life
 
 
@@ -662,6 +683,132 @@ def test_relocation_that_fails_changes_nothing(tmp_path: Path) -> None:
     )
     put(volume, 2, b"still writable")
     volume.close()
+
+
+@pytest.fixture(params=["same disk", "other disk", "no hard links"])
+def move_between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where an index is moved to: what the system says to a hard link there."""
+    number = {"other disk": errno.EXDEV, "no hard links": errno.EPERM}.get(request.param)
+    if number is not None:
+
+        def refuse(*_names: str) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(files.os, "link", refuse)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("move_between")
+def test_relocation_works_across_disks(tmp_path: Path) -> None:
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    volume = create(tmp_path)
+    put(volume, 1, b"before")
+    (idx / "3.idx").write_bytes(b"what a crash left")
+    volume.relocate_index(str(idx))
+    put(volume, 2, b"after")
+    volume.close()
+    assert [p.name for p in idx.iterdir()] == ["3.idx"] and not (tmp_path / "3.idx").exists()
+    with closing(load(tmp_path, 3, idx=idx)) as again:
+        assert data_of(again, 1) == b"before" and data_of(again, 2) == b"after"
+
+
+@pytest.mark.usefixtures("move_between")
+def test_relocation_whose_open_fails_keeps_the_index_that_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index had been copied to the other disk and unlinked; back came a copy, while appends went to the unlinked."""
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    volume = create(tmp_path)
+    put(volume, 1, b"before")
+
+    def refuse(*_args: object, **_more: object) -> None:
+        raise DiskError("cannot write Volume Index: too many open files", errno.EMFILE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volume_module, "open_handle", refuse)
+        with pytest.raises(StorageError, match=r"^relocate index for volume 3: cannot write Volume Index: too many"):
+            volume.relocate_index(str(idx))
+    put(volume, 2, b"after")
+    assert os.path.samestat(os.stat(tmp_path / "3.idx"), os.stat(f"/proc/self/fd/{idx_fd_of(tmp_path / '3.idx')}"))
+    volume.close()
+    assert not list(idx.iterdir()) and len(rows_in(tmp_path / "3.idx")) == 2
+    with closing(load(tmp_path, 3, idx=idx)) as again:
+        assert data_of(again, 2) == b"after"
+
+
+def idx_fd_of(path: Path) -> str:
+    """The descriptor of this process on a file that is still at its path; fails if there is none."""
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{entry}") == str(path):
+                return entry
+    raise AssertionError(f"{path} is not open")
+
+
+@pytest.mark.usefixtures("move_between")
+@pytest.mark.parametrize("step", ["rename", "sync"])
+def test_relocation_that_cannot_drop_the_old_name_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    volume = create(tmp_path)
+    put(volume, 1, b"before")
+    rename, sync_dir = os.rename, files.sync_dir
+
+    def failing_rename(source: str, target: str) -> None:
+        if source == f"{tmp_path}/3.idx":
+            raise OSError(errno.EIO, "")
+        rename(source, target)
+
+    def failing_sync(directory: str) -> None:
+        if directory == str(tmp_path):
+            raise OSError(errno.EIO, "")
+        sync_dir(directory)
+
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(files.os, "rename", failing_rename)
+        else:
+            patch.setattr(files, "sync_dir", failing_sync)
+        with pytest.raises(DiskError, match=r"^relocate index for volume 3: move \.idx: rename .*: input/output error$"):
+            volume.relocate_index(str(idx))
+    put(volume, 2, b"after")
+    volume.close()
+    assert not list(idx.iterdir()) and len(rows_in(tmp_path / "3.idx")) == 2
+
+
+@pytest.mark.usefixtures("move_between")
+@pytest.mark.parametrize("towards", ["idx", "data"])
+def test_crash_with_both_names_of_a_relocated_index(tmp_path: Path, towards: str) -> None:
+    """Nothing is written while there are two, so whichever the loader takes has every row."""
+    data, idx = tmp_path / "data", tmp_path / "idx"
+    idx.mkdir()
+    volume = create(data, idx=data if towards == "idx" else idx)
+    put(volume, 1, b"x")
+    volume.close()
+    source, target = (data, idx) if towards == "idx" else (idx, data)
+    files.second_name(f"{source}/3.idx", f"{target}/3.idx")
+    with closing(load(data, 3, idx=idx)) as again:
+        assert data_of(again, 1) == b"x" and not again.is_read_only
+        put(again, 2, b"y")
+        again.relocate_index(str(idx))
+        assert data_of(again, 2) == b"y"
+    with closing(load(data, 3, idx=idx)) as again:
+        assert again.idx_directory == str(idx) and data_of(again, 2) == b"y" and again.file_count == 2
+
+
+def test_relocated_volume_is_found_at_the_next_start(tmp_path: Path) -> None:
+    """A directory is searched for .idx and .vif only; without the first beside the data the second must be there."""
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    volume = create(tmp_path)
+    (tmp_path / "3.vif").unlink()
+    volume.relocate_index(str(idx))
+    volume.close()
+    assert (tmp_path / "3.vif").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ heartbeat
