@@ -374,7 +374,8 @@ PV_API int pv_vol_write(pv_vol *v, const pv_needle *n, uint32_t flags, const pv_
                         pv_errinfo *err) PV_WUR;
 /* Appends a tombstone for a live key (size >= 0): record with Size 0, cookie and checksum as given, then the row
  * (key, tombstone offset, -1), then the map. *deleted_size: the old header Size. A key that is absent or deleted is no
- * error: returns 0 with *deleted_size = -1 and nothing written. */
+ * error: returns 0 with *deleted_size = -1 and nothing written, unless with PV_WRITE_FSYNC an earlier flush failed: that
+ * may have lost the key's tombstone, so it gets another. */
 PV_API int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, uint32_t flags,
                          const pv_entry *known, int32_t *deleted_size, pv_write_res *out, pv_errinfo *err) PV_WUR;
 /* Appends a ready record (WriteNeedleBlob, tail): the blob as it is, but with a new append time in version 3; the map key

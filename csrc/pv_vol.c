@@ -793,6 +793,9 @@ static int map_apply(pv_vol *v, gen *g, const pend *p, pv_errinfo *err) {
     uint64_t old_offset;
     int32_t old_size;
     int rc = 0;
+    if (row->size < 0 && p->prior.size < 0) {
+        return 0; /* a second tombstone: the map says so already */
+    }
     if (g->map == NULL) {
         count_change(v, g, p);
     } else {
@@ -1297,7 +1300,9 @@ int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, ui
     if (rc < 0) {
         return rc;
     }
-    if (!c.p.has_prior || c.p.prior.size < 0) {
+    /* A failed flush may have lost the tombstone of a key that was deleted before: a flushed delete needs another. */
+    bool live = c.p.has_prior && c.p.prior.size >= 0;
+    if (!live && !(c.p.has_prior && c.fsync && v->flush_failed)) {
         rc = change_nothing(v, &c, err);
         change_end(v);
         return rc;
@@ -1318,7 +1323,7 @@ int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, ui
     }
     if (rc == 0) {
         out->append_at_ns = c.append_at_ns;
-        *deleted_size = c.p.prior.size;
+        *deleted_size = live ? c.p.prior.size : -1;
     }
     change_end(v);
     return rc;

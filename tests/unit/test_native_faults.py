@@ -283,6 +283,36 @@ with open_volume() as v:
     )
 
 
+def test_deleted_key_is_deleted_anew_after_a_failed_flush(tmp_path: Path, shim: Path) -> None:
+    """The tombstone of a plain delete may be what the failed flush lost: to find the key deleted promises nothing."""
+    run(
+        """
+v = create()
+v.write(1, C, b"first")
+v.write(2, C, b"other")
+assert v.delete(1, C)[0] > 0
+settled = sizes()
+assert v.delete(1, C, fsync=True)[0] == -1 and sizes() == settled
+fault(SYNC, 1, errno.EIO)
+assert fails(NativeCode.ESYS, v.write, 2, C, b"more", fsync=True).info.d == 4
+assert sizes() == settled
+stat = v.stat()
+assert v.delete(1, C, fsync=True) == (-1, None)
+assert sizes() == (settled[0] + 32, settled[1] + 16)
+assert v.delete(1, C) == (-1, None) and v.delete(9, C, fsync=True) == (-1, None)
+assert sizes() == (settled[0] + 32, settled[1] + 16)
+assert (v.stat().deleted_count, v.stat().deleted_bytes) == (stat.deleted_count, stat.deleted_bytes)
+fails(NativeCode.EDELETED, v.read, 1)
+v.close()
+with open_volume() as v:
+    fails(NativeCode.EDELETED, v.read, 1)
+    assert v.read(2).data == b"other"
+""",
+        tmp_path,
+        shim,
+    )
+
+
 def test_flushes_are_shared(tmp_path: Path, shim: Path) -> None:
     """Many threads asking for durability need fewer flushes than writes."""
     run(
