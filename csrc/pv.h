@@ -421,6 +421,11 @@ typedef struct pv_scan_rec {
  *   PV_ESYS, PV_ENOMEM, PV_EVERSION, PV_EINVAL (max 0 or above INT32_MAX) */
 PV_API int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body,
                        pv_scan_rec *recs, size_t max, pv_errinfo *err) PV_WUR;
+/* As pv_dat_scan, without giving the records: goes over up to max of them and returns how many, 0 at a clean end. The first
+ * error is returned at once, with *offset at the record it is about; with check_body also that of a body (a = *offset,
+ * b = id): PV_ECRC, PV_ECORRUPT, ... */
+PV_API int pv_dat_walk(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body, uint32_t max,
+                       pv_errinfo *err) PV_WUR;
 
 enum pv_tail_verdict {
     PV_TAIL_OK = 0,
@@ -556,6 +561,8 @@ PV_API int pv_live_open(int idx_fd, uint8_t width, uint64_t max_rows, pv_live **
 /* Writes up to max entries of PV_LIVE_ENTRY bytes each to buf; returns the count, 0 at the end. PV_EINVAL: max is 0 or above
  * INT32_MAX. */
 PV_API int pv_live_next(pv_live *l, uint8_t *buf, size_t max) PV_WUR;
+/* Whether two have the same keys with the same sizes, wherever the records are: 1 or 0. Uses both up. */
+PV_API int pv_live_same(pv_live *a, pv_live *b) PV_WUR;
 PV_API void pv_live_free(pv_live *l);
 
 /* ------------------------------------------------------------------ erasure coding (pv_ec.c) */

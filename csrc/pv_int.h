@@ -206,8 +206,8 @@ int pv__io_truncate(int fd, uint64_t size, pv_errinfo *err) PV_WUR;
 /* Reserves [0, len) without changing the file's length. A file system that cannot is no error. */
 int pv__io_allocate(int fd, uint64_t len, pv_errinfo *err) PV_WUR;
 int pv__io_size(int fd, uint64_t *size, pv_errinfo *err) PV_WUR;
-/* Last modification in whole seconds (0 before 1970). */
-int pv__io_mtime(int fd, uint64_t *seconds, pv_errinfo *err) PV_WUR;
+struct stat;
+int pv__io_stat(int fd, struct stat *st, pv_errinfo *err) PV_WUR;
 int pv__io_rename(const char *from, const char *to, pv_errinfo *err) PV_WUR;
 int pv__io_unlink(const char *path, pv_errinfo *err) PV_WUR;
 /* fsync of a directory, so that names in it are durable. */

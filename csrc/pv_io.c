@@ -239,7 +239,7 @@ int pv__io_allocate(int fd, uint64_t len, pv_errinfo *err) {
     return 0;
 }
 
-static int io_stat(int fd, struct stat *st, pv_errinfo *err) {
+int pv__io_stat(int fd, struct stat *st, pv_errinfo *err) {
     int rc;
     size_t len = 0;
     RETRY(rc, HOOK(&len, .op = PV__IO_STAT, .fd = fd), fstat(fd, st));
@@ -248,15 +248,8 @@ static int io_stat(int fd, struct stat *st, pv_errinfo *err) {
 
 int pv__io_size(int fd, uint64_t *size, pv_errinfo *err) {
     struct stat st;
-    int rc = io_stat(fd, &st, err);
+    int rc = pv__io_stat(fd, &st, err);
     *size = rc == 0 && st.st_size > 0 ? (uint64_t)st.st_size : 0;
-    return rc;
-}
-
-int pv__io_mtime(int fd, uint64_t *seconds, pv_errinfo *err) {
-    struct stat st;
-    int rc = io_stat(fd, &st, err);
-    *seconds = rc == 0 && st.st_mtime > 0 ? (uint64_t)st.st_mtime : 0;
     return rc;
 }
 

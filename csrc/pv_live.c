@@ -63,28 +63,47 @@ static void refill(pv_live *l) {
     l->from = l->ended ? 0 : l->rows[l->have - 1].key + 1;
 }
 
+/* The next live row; NULL at the end. */
+static const pv_idx_row *next_live(pv_live *l) {
+    for (;;) {
+        if (l->used == l->have) {
+            refill(l);
+            if (l->have == 0) {
+                return NULL;
+            }
+        }
+        const pv_idx_row *r = &l->rows[l->used++];
+        if (r->offset != 0 && r->size >= 0) {
+            return r;
+        }
+    }
+}
+
 int pv_live_next(pv_live *l, uint8_t *buf, size_t max) {
     if (max == 0 || max > INT32_MAX) {
         return PV_EINVAL;
     }
     size_t count = 0;
-    while (count < max) {
-        if (l->used == l->have) {
-            refill(l);
-            if (l->have == 0) {
-                break;
-            }
-        }
-        const pv_idx_row *r = &l->rows[l->used++];
-        if (r->offset != 0 && r->size >= 0) {
-            uint8_t *to = buf + count * PV_LIVE_ENTRY;
-            pv__put_be64(to, r->key);
-            pv__put_be64(to + 8, r->offset);
-            pv__put_be32(to + 16, (uint32_t)r->size);
-            count++;
-        }
+    for (const pv_idx_row *r; count < max && (r = next_live(l)) != NULL; count++) {
+        uint8_t *to = buf + count * PV_LIVE_ENTRY;
+        pv__put_be64(to, r->key);
+        pv__put_be64(to + 8, r->offset);
+        pv__put_be32(to + 16, (uint32_t)r->size);
     }
     return (int)count;
+}
+
+int pv_live_same(pv_live *a, pv_live *b) {
+    for (;;) {
+        const pv_idx_row *x = next_live(a);
+        const pv_idx_row *y = next_live(b);
+        if (x == NULL || y == NULL) {
+            return x == y;
+        }
+        if (x->key != y->key || x->size != y->size) {
+            return 0;
+        }
+    }
 }
 
 void pv_live_free(pv_live *l) {

@@ -186,6 +186,22 @@ static int scan_one(scanner *s, uint64_t offset, int with_body, pv_scan_rec *rec
     return 1;
 }
 
+static int scanner_init(scanner *s, int fd, uint8_t version, uint64_t end_offset, size_t cap, pv_errinfo *err) {
+    if (version < 1 || version > 3) {
+        return pv__fail(err, PV_EVERSION, version, 0, 0, 0);
+    }
+    *s = (scanner){.fd = fd, .version = version, .cap = cap};
+    int rc = pv__io_size(fd, &s->end, err);
+    if (rc < 0) {
+        return rc;
+    }
+    if (end_offset < s->end) {
+        s->end = end_offset;
+    }
+    s->buf = pv__malloc(s->cap + PV_NEEDLE_TAIL_MAX);
+    return s->buf != NULL ? 0 : pv__fail(err, PV_ENOMEM, s->cap + PV_NEEDLE_TAIL_MAX, 0, 0, 0);
+}
+
 int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body_too, pv_scan_rec *recs,
                 size_t max, pv_errinfo *err) {
     pv_errinfo own_err;
@@ -194,20 +210,10 @@ int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, 
     if (max == 0 || max > INT32_MAX) {
         return pv__fail(err, PV_EINVAL, max, 0, 0, 0);
     }
-    if (version < 1 || version > 3) {
-        return pv__fail(err, PV_EVERSION, version, 0, 0, 0);
-    }
-    scanner s = {.fd = fd, .version = version, .cap = check_body_too ? WINDOW_BODIES : WINDOW_HEADERS};
-    int rc = pv__io_size(fd, &s.end, err);
+    scanner s;
+    int rc = scanner_init(&s, fd, version, end_offset, check_body_too ? WINDOW_BODIES : WINDOW_HEADERS, err);
     if (rc < 0) {
         return rc;
-    }
-    if (end_offset < s.end) {
-        s.end = end_offset;
-    }
-    s.buf = pv__malloc(s.cap + PV_NEEDLE_TAIL_MAX);
-    if (s.buf == NULL) {
-        return pv__fail(err, PV_ENOMEM, s.cap + PV_NEEDLE_TAIL_MAX, 0, 0, 0);
     }
     size_t count = 0;
     while (count < max) {
@@ -224,6 +230,36 @@ int pv_dat_scan(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, 
     }
     pv__err_clear(err); /* the next call meets it again, with nothing before it */
     return (int)count;
+}
+
+int pv_dat_walk(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, int check_body_too, uint32_t max,
+                pv_errinfo *err) {
+    pv_errinfo own_err;
+    err = err != NULL ? err : &own_err;
+    pv__err_clear(err);
+    if (max == 0 || max > INT32_MAX) {
+        return pv__fail(err, PV_EINVAL, max, 0, 0, 0);
+    }
+    scanner s;
+    int rc = scanner_init(&s, fd, version, end_offset, check_body_too ? WINDOW_BODIES : WINDOW_HEADERS, err);
+    if (rc < 0) {
+        return rc;
+    }
+    uint32_t count = 0;
+    while (count < max) {
+        pv_scan_rec rec;
+        rc = scan_one(&s, *offset, check_body_too, &rec, err);
+        if (rc > 0 && rec.status < 0) {
+            rc = pv__fail(err, rec.status, rec.offset, rec.id, 0, 0);
+        }
+        if (rc <= 0) {
+            break;
+        }
+        *offset += (uint64_t)rec.record_len;
+        count++;
+    }
+    pv__free(s.buf);
+    return rc < 0 ? rc : (int)count;
 }
 
 /* ------------------------------------------------------------------ the end of a data file */

@@ -73,7 +73,6 @@ static int snapshot(pv_scrub *s, const pv_scrub_opts *o, pv_errinfo *err) {
     }
     struct stat ours;
     struct stat given;
-    int rc = 0;
     uint64_t pending = 0;
     pv__mutex_lock(&v->append_lock);
     while (v->flushing) {
@@ -86,11 +85,14 @@ static int snapshot(pv_scrub *s, const pv_scrub_opts *o, pv_errinfo *err) {
         }
     }
     s->dat_fd = fcntl(g->dat_fd, F_DUPFD_CLOEXEC, 0);
-    if (s->dat_fd < 0 || fstat(o->idx_fd, &given) != 0 || fstat(g->idx_fd, &ours) != 0) {
-        rc = pv__fail_sys(err, errno, 0, 0, 0);
-    } else if (!(s->flags & PV_SCRUB_ANY_INDEX) && (ours.st_dev != given.st_dev || ours.st_ino != given.st_ino)) {
+    int rc = s->dat_fd < 0 ? pv__fail_sys(err, errno, 0, 0, 0) : pv__io_stat(o->idx_fd, &given, err);
+    if (rc == 0) {
+        rc = pv__io_stat(g->idx_fd, &ours, err);
+    }
+    if (rc == 0 && !(s->flags & PV_SCRUB_ANY_INDEX) && (ours.st_dev != given.st_dev || ours.st_ino != given.st_ino)) {
         rc = pv__fail(err, PV_ESTALE, g->sb.compaction_revision, 0, 0, 0);
-    } else {
+    }
+    if (rc == 0) {
         s->stats.dat_bytes = pv__load_u64(&g->dat_end) - pending;
         s->stats.idx_bytes = (uint64_t)given.st_size;
         s->stats.revision = g->sb.compaction_revision;

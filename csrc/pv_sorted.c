@@ -80,7 +80,7 @@ done:
 static bool is_newer(int fd, int than_fd) {
     struct stat a;
     struct stat b;
-    if (fstat(fd, &a) != 0 || fstat(than_fd, &b) != 0) {
+    if (pv__io_stat(fd, &a, NULL) < 0 || pv__io_stat(than_fd, &b, NULL) < 0) {
         return false;
     }
     return a.st_mtim.tv_sec != b.st_mtim.tv_sec ? a.st_mtim.tv_sec > b.st_mtim.tv_sec

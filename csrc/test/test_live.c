@@ -135,6 +135,37 @@ static void test_many_rows(void) {
     check_many(5);
 }
 
+static int same(int a, int b, uint8_t width_a, uint8_t width_b) {
+    pv_map_stats stats;
+    pv_live *x = open_live(a, width_a, UINT64_MAX, &stats);
+    pv_live *y = open_live(b, width_b, UINT64_MAX, &stats);
+    int rc = pv_live_same(x, y);
+    pv_live_free(x);
+    pv_live_free(y);
+    return rc;
+}
+
+/* The same keys and sizes, whatever the order, the places and what was deleted. */
+static void test_same(void) {
+    int a = t_file();
+    int b = t_file();
+    CHECK_EQ(same(a, b, 4, 5), 1);
+    for (uint64_t i = 0; i < KEYS; i++) {
+        put_row(a, 4, i, i, 8 * i + 8, (int32_t)(i % 50));
+        put_row(b, 5, KEYS - 1 - i, i, 16 * i + 16, (int32_t)(i % 50));
+    }
+    CHECK_EQ(same(a, b, 4, 5), 1);
+    put_row(a, 4, KEYS, KEYS - 1, 8, -1);
+    CHECK_EQ(same(a, b, 4, 5), 0);
+    CHECK_EQ(same(b, a, 5, 4), 0);
+    put_row(b, 5, KEYS, KEYS - 1, 800, -1);
+    CHECK_EQ(same(a, b, 4, 5), 1);
+    put_row(b, 5, KEYS + 1, 7, 800, 8); /* it has size 7 in the other */
+    CHECK_EQ(same(a, b, 4, 5), 0);
+    close(a);
+    close(b);
+}
+
 static void test_no_memory(void) {
     int fd = t_file();
     for (uint64_t i = 0; i < 10; i++) {
@@ -159,6 +190,7 @@ int main(void) {
     RUN(test_nothing);
     RUN(test_counters_of_both_widths);
     RUN(test_many_rows);
+    RUN(test_same);
     RUN(test_no_memory);
     return T_END();
 }

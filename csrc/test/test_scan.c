@@ -380,6 +380,50 @@ static void test_scan_noise(void) {
     }
 }
 
+/* Walking is scanning without the records, up to the first that is not right. */
+static void test_walk(void) {
+    for (uint8_t version = 1; version <= 3; version++) {
+        files f = new_files(version, 4);
+        put(&f, 1, "first");
+        uint64_t second = put(&f, 2, "second");
+        put(&f, 3, "third");
+        uint64_t at = 8;
+        pv_errinfo err;
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 2, &err), 2);
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 2, &err), 1);
+        CHECK_EQ(at, f.end);
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 2, &err), 0);
+        at = 8;
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, second, 0, 9, &err), 1);
+        CHECK_EQ(at, second);
+        at = 8;
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, f.end - 16, 0, 9, &err), PV_EEOF); /* within the third */
+        CHECK_EQ(err.a, at);
+        CHECK(at > second);
+        const uint64_t text_at = second + PV_NEEDLE_HEADER + (version == 1 ? 0 : 4);
+        CHECK(pwrite(f.dat, "S", 1, (off_t)text_at) == 1);
+        at = 8;
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 9, &err), PV_ECRC);
+        CHECK_EQ(at, second);
+        CHECK_EQ(err.a, second);
+        CHECK_EQ(err.b, 2);
+        at = 8;
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 0, 9, &err), 3);
+        uint64_t bad[2] = {second + 4, second + 5};
+        at = 8;
+        pv__io_set_hook(bad_sector, bad);
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 9, &err), PV_ESYS);
+        pv__io_set_hook(NULL, NULL);
+        CHECK_EQ(at, second);
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 0, &err), PV_EINVAL);
+        CHECK_EQ(pv_dat_walk(f.dat, 4, &at, UINT64_MAX, 1, 1, &err), PV_EVERSION);
+        CHECK_EQ(pv_dat_walk(-1, version, &at, UINT64_MAX, 1, 1, &err), PV_ESYS);
+        pv__alloc_fail_at(1);
+        CHECK_EQ(pv_dat_walk(f.dat, version, &at, UINT64_MAX, 1, 1, &err), PV_ENOMEM);
+        drop_files(&f);
+    }
+}
+
 /* ------------------------------------------------------------------ the last record */
 
 static int tail(const files *f, uint64_t *when, pv_errinfo *err) {
@@ -555,6 +599,7 @@ int main(void) {
     RUN(test_scan_long);
     RUN(test_scan_bad_sector);
     RUN(test_scan_noise);
+    RUN(test_walk);
     RUN(test_tail_good);
     RUN(test_tail_longer_and_shorter);
     RUN(test_tail_bad_record);

@@ -471,6 +471,9 @@ class ScanRec(NamedTuple):
 _check_layout("pv_scan_rec", _SCAN, ScanRec._fields)
 
 
+_WALK_RECORDS: Final = 1 << 18
+
+
 def dat_scan(
     fd: int, version: int, offset: int, end_offset: int = 0, check_body: bool = False, max_records: int = 1024
 ) -> tuple[list[ScanRec], int]:
@@ -485,6 +488,21 @@ def dat_scan(
     if count < 0:
         raise _error(count, err)
     return [ScanRec._make(fields) for fields in _SCAN.iter_unpack(_buffer(recs, count * _SCAN.size))], where[0]
+
+
+def dat_walk(fd: int, version: int, offset: int, end_offset: int, check_body: bool) -> int:
+    """Goes over records from `offset` on and gives the place behind the last: `end_offset` if they end just there.
+
+    Raises NativeError at the first that is not whole, or with check_body is damaged, or if the disk fails.
+    """
+    where, err = _new("uint64_t *", offset), _new(_T_ERR)
+    while where[0] < end_offset:  # by the piece, so that a signal is heard
+        count = _lib.pv_dat_walk(fd, version, where, end_offset, check_body, _WALK_RECORDS, err)
+        if count < 0:
+            raise _error(count, err)
+        if count == 0:
+            break
+    return int(where[0])
 
 
 # ------------------------------------------------------------------------------------------------------ volume handle

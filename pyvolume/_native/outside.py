@@ -77,6 +77,10 @@ class LiveIndex:
             raise _error(count, None)
         return memoryview(_ffi.buffer(buf, count * ENTRY_BYTES))
 
+    def is_same(self, other: LiveIndex) -> bool:
+        """Whether both have the same keys with the same sizes, wherever the records are. Uses both up."""
+        return bool(_lib.pv_live_same(self._live, other._live))
+
     def close(self) -> None:
         """Frees the memory. Nothing else may be called afterwards."""
         self._live = None

@@ -32,11 +32,10 @@ log = logging.getLogger(__name__)
 EXTENSIONS: Final = (".cpc", ".cpd", ".cpx")
 """Names that make a volume's base name worth a look."""
 
-_SCAN_RECORDS: Final = 16384
-
 
 def recover(directory: str, idx_directory: str, name: str, *, repair: bool = True, default_width: int = 4) -> None:
-    """Brings the files of one volume back to one state. Raises OSError; blocks on disk. One log line per decision.
+    """Brings the files of one volume back to one state. Raises OSError, NativeError if the disk
+    fails: then nothing was removed. Blocks on disk. One log line per decision.
 
     Failpoints: recover.rename_dat, recover.rename_idx, recover.remove_marker.
     """
@@ -123,19 +122,6 @@ def _without_marker(directory: str, idx_directory: str, name: str, cpx: str | No
     _drop_stale_maps(directory, idx_directory, name)
 
 
-def _is_sound(dat_fd: int, block: SuperBlock, end: int) -> bool:
-    """Whether a data file is whole records from its beginning to its end, each with the right checksum."""
-    offset = block.block_bytes
-    while offset < end:
-        try:
-            records, offset = engine.dat_scan(dat_fd, block.version, offset, end, True, _SCAN_RECORDS)
-        except engine.NativeError:
-            return False
-        if not records or any(record.status != 0 for record in records):
-            return False
-    return offset == end
-
-
 def _judge(directory: str, idx_directory: str, name: str, cpx: str, default_width: int) -> tuple[str, bool]:
     """(why the compaction cannot be committed, whether it is whole and newer than the volume); ("", True) to commit."""
     base = f"{directory}/{name}"
@@ -169,8 +155,8 @@ def _judge(directory: str, idx_directory: str, name: str, cpx: str, default_widt
         known = engine.idx_summarize(old_idx_fd, width, old_block.version, old.st_size)
         if known.blank_rows or (known.max_end or old_block.block_bytes) < old.st_size:
             return "the volume has records without rows in its index", False
-        if not _is_sound(new_dat_fd, new_block, new.st_size):
+        if not index_files.chain_reaches(new_dat_fd, new_block, new.st_size, check_body=True):
             return "it has damaged records", False
-    if not index_files.same_live_needles((base + ".dat", idx_path), (base + ".cpd", new_idx_path), width):
-        return "it has other live needles", True
+        if not index_files.same_live_needles(old_idx_fd, new_idx_fd, width):
+            return "it has other live needles", True
     return "", True

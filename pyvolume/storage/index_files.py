@@ -19,10 +19,11 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice, zip_longest
+from itertools import count, islice
 from typing import Final
 
 from pyvolume._native import engine
+from pyvolume._native.outside import LiveIndex
 from pyvolume.errors import NativeCode, StorageError
 from pyvolume.faults import fault
 from pyvolume.storage import files, vif
@@ -32,6 +33,7 @@ from pyvolume.types import MAX_VOLUME_BYTES, OFFSET_WIDTHS
 _BATCH: Final = 16384
 """Rows or records handled by one call of the engine."""
 _SAMPLE_ROWS: Final = 32
+_ALL_ROWS: Final = (1 << 64) - 1
 _COPY_BYTES: Final = 4 << 20
 _HEADER_BYTES: Final = 16
 _CHECKSUM_BYTES: Final = 4
@@ -246,19 +248,17 @@ def _settle_empty_records(found: _Found, idx_fd: int | None, width: int) -> int:
     return deletes
 
 
-def chain_reaches(dat_fd: int, block: SuperBlock, target: int) -> bool:
-    """Whether records of this version, one behind the other from the super block on, end exactly at target."""
-    offset = block.block_bytes
-    while offset < target:
-        try:
-            records, offset = engine.dat_scan(dat_fd, block.version, offset, target, False, _BATCH)
-        except engine.NativeError as exc:
-            if exc.code in _END_OF_RECORDS:
-                return False
+def chain_reaches(dat_fd: int, block: SuperBlock, target: int, *, check_body: bool = False) -> bool:
+    """Whether records of this version, one behind the other from the super block on, end exactly at target.
+
+    With check_body none of them may be damaged. Raises NativeError if the disk fails.
+    """
+    try:
+        return engine.dat_walk(dat_fd, block.version, block.block_bytes, target, check_body) == target
+    except engine.NativeError as exc:
+        if exc.code in (NativeCode.ESYS, NativeCode.ENOMEM):
             raise
-        if not records:
-            return False
-    return offset == target
+        return False
 
 
 def save_torn(dat_path: str, base_path: str, start: int, end: int) -> str:
@@ -481,13 +481,14 @@ def recover_head(dat_fd: int, idx_path: str, *, width: int, block: SuperBlock, o
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def same_live_needles(first: tuple[str, str], second: tuple[str, str], width: int) -> bool:
-    """Whether two volumes, each (dat path, idx path), have the same live keys with the same sizes. Changes nothing."""
-    flags = engine.OpenFlag.DAT_READONLY | engine.OpenFlag.IDX_READONLY
-    with (
-        engine.Volume.open(*first, vid=0, flags=flags, offset_width=width) as a,
-        engine.Volume.open(*second, vid=0, flags=flags, offset_width=width) as b,
-    ):
-        live_a = ((row.key, row.size) for row in a.entries(_BATCH) if row.size >= 0)
-        live_b = ((row.key, row.size) for row in b.entries(_BATCH) if row.size >= 0)
-        return all(x == y for x, y in zip_longest(live_a, live_b))
+def same_live_needles(first_idx_fd: int, second_idx_fd: int, width: int) -> bool:
+    """Whether two indexes have the same live keys with the same sizes. Raises NativeError if the disk fails."""
+    first = LiveIndex(first_idx_fd, width, _ALL_ROWS)
+    try:
+        second = LiveIndex(second_idx_fd, width, _ALL_ROWS)
+        try:
+            return first.is_same(second)
+        finally:
+            second.close()
+    finally:
+        first.close()

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from storage_util import COOKIE, config_of, create, data_of, golden, load, put, record, write_index, write_volume
 
+from pyvolume._native import engine
 from pyvolume.config import DirConfig, MinFreeSpace
-from pyvolume.errors import DirectoryInUse, NeedleDeleted, StorageError
+from pyvolume.errors import DirectoryInUse, NativeCode, NeedleDeleted, StorageError
 from pyvolume.faults import set_points
 from pyvolume.storage import compact_recovery, disk_space, ec_files
 from pyvolume.storage.dir_lock import lock_directory, lock_holder, writers_of_volumes
@@ -387,7 +388,7 @@ def test_rollback_of_a_vacuum_without_a_marker(tmp_path: Path, caplog: pytest.Lo
     check_contents(tmp_path, 0)
 
 
-@pytest.mark.parametrize("damage", ["no index", "cut data", "short data", "ragged index"])
+@pytest.mark.parametrize("damage", ["no index", "cut data", "short data", "ragged index", "a flipped bit"])
 def test_rollback_of_half_a_vacuum(tmp_path: Path, damage: str) -> None:
     vacuumed(tmp_path)
     if damage == "no index":
@@ -396,12 +397,35 @@ def test_rollback_of_half_a_vacuum(tmp_path: Path, damage: str) -> None:
         os.truncate(tmp_path / "3.cpd", (tmp_path / "3.cpd").stat().st_size - 8)
     elif damage == "short data":
         os.truncate(tmp_path / "3.cpd", 5)
+    elif damage == "a flipped bit":
+        content = bytearray((tmp_path / "3.cpd").read_bytes())
+        content[8 + 16 + 4] ^= 1
+        (tmp_path / "3.cpd").write_bytes(content)
     else:
         with (tmp_path / "3.cpx").open("ab") as handle:
             handle.write(b"x")
     recover(tmp_path)
     assert names(tmp_path) == ["3.dat", "3.idx", "3.vif"]
     check_contents(tmp_path, 0)
+
+
+def test_disk_that_fails_while_a_compaction_is_judged_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the disk was taken for damage, and the result of an offline compact removed for it."""
+    vacuumed(tmp_path)
+    before = names(tmp_path)
+
+    def fail(*_args: object) -> int:
+        raise engine.NativeError(NativeCode.ESYS, engine.NativeInfo(NativeCode.ESYS, errno.EIO, 0, 0, 0, 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "dat_walk", fail)
+        with pytest.raises(engine.NativeError):
+            recover(tmp_path)
+    assert names(tmp_path) == before
+    recover(tmp_path)
+    check_contents(tmp_path, 1)
 
 
 @pytest.mark.parametrize("done", [(), ("3.cpd",), ("3.cpd", "3.cpx")])

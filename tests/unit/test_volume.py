@@ -773,7 +773,9 @@ def test_relocation_that_cannot_drop_the_old_name_is_taken_back(
             patch.setattr(files.os, "rename", failing_rename)
         else:
             patch.setattr(files, "sync_dir", failing_sync)
-        with pytest.raises(DiskError, match=r"^relocate index for volume 3: move \.idx: rename .*: input/output error$"):
+        with pytest.raises(
+            DiskError, match=r"^relocate index for volume 3: move \.idx: rename .*: input/output error$"
+        ):
             volume.relocate_index(str(idx))
     put(volume, 2, b"after")
     volume.close()
