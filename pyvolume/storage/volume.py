@@ -527,7 +527,7 @@ class Volume:
     def _relocate_index(self, new_directory: str) -> None:
         """Needs the state lock.
 
-        The index has both names until a handle is open on the new one: so a failure leaves the old handle on a file that
+        The index has both names until a handle is open on the new one: a failure leaves the old handle on a file that
         has its name. Nothing is written meanwhile, so after a crash either name will do.
         """
         old_base = self.idx_base_path

@@ -717,7 +717,7 @@ def test_relocation_works_across_disks(tmp_path: Path) -> None:
 def test_relocation_whose_open_fails_keeps_the_index_that_is_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The index had been copied to the other disk and unlinked; back came a copy, while appends went to the unlinked."""
+    """It was copied to the other disk and unlinked; back came a copy, while appends went to the unlinked file."""
     idx = tmp_path / "idx"
     idx.mkdir()
     volume = create(tmp_path)
