@@ -442,6 +442,16 @@ def _log_fatal(message: str, args: tuple[object, ...], stacklevel: int) -> None:
     logger.critical(message, *args, stacklevel=stacklevel, extra={"pv_fatal": True})
 
 
+def raw(text: str) -> None:
+    """Puts a text of many lines where warnings go, without heads: stacks, for instance."""
+    data = text.encode("utf-8", "backslashreplace")
+    handler = _process.handler
+    if handler is None:
+        return
+    with _locked(handler):
+        handler.write(WARNING, data)
+
+
 class _locked:
     def __init__(self, handler: logging.Handler) -> None:
         self._handler = handler

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -425,7 +426,9 @@ def _forget(context: ServerContext, parts: _Shared) -> None:
             _shared[:] = [pair for pair in _shared if pair[1] is not parts]
 
 
-def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServer:
+def _make_server(
+    context: ServerContext, port: int, *, public: bool, listener: socket.socket | None = None
+) -> HttpServer:
     parts = _shared_of(context)
     app = App(context, parts.ops, parts.counts, public=public)
     admin = AdminAdmission(parts.ops, parts.slots, app.is_page, app.refusal)
@@ -444,6 +447,7 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
             max_inflight_body_bytes=BODY_BYTES_IN_MEMORY,
             admission=admission,
             make=make,
+            listener=listener,
         )
     except BaseException:
         _forget(context, parts)
@@ -452,9 +456,9 @@ def _make_server(context: ServerContext, port: int, *, public: bool) -> HttpServ
     return HttpServer(server, parts, lambda: _forget(context, parts))
 
 
-def make_admin_server(context: ServerContext) -> HttpServer:
-    """Binds the admin port. Raises OSError."""
-    return _make_server(context, context.config.port, public=False)
+def make_admin_server(context: ServerContext, listener: socket.socket | None = None) -> HttpServer:
+    """Binds the admin port, or takes the socket that is bound to it already. Raises OSError."""
+    return _make_server(context, context.config.port, public=False, listener=listener)
 
 
 def make_public_server(context: ServerContext) -> HttpServer:

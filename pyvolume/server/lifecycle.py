@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyvolume import faults, log
+from pyvolume import faults, lockwatch, log
 from pyvolume.config import ConfigFatal, ParsedFlags, ServerConfig, build_config, error_text, join_host_port
 from pyvolume.errors import DirectoryInUse, PyvolumeError
 from pyvolume.security_config import START_STATUS, DiskProbeConfig, SecurityConfig, SecurityError, SecurityLoader
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pyvolume.server.master_client import MasterClient, MasterConfiguration
     from pyvolume.server.metrics import ServerMetrics
     from pyvolume.server.profiling import FileProfiles
+    from pyvolume.server.start_page import StartPage
     from pyvolume.server.tls import Tls
     from pyvolume.storage.store import Store
 
@@ -53,6 +54,8 @@ DISK_CHECK_INTERVAL_S = 60.0
 MINUTES_PER_HOUR = 60
 PROGRESS_INTERVAL_S = 5.0
 LEAST_GRPC_GRACE_S = 1.0
+LEAST_CLOSE_S = 4.0
+"""Time for closing the volumes, when requests took all of -stopTimeout. What is not closed then is as after a crash."""
 FORCED_STATUS = 1
 """Exit status when a second signal cuts the stop short."""
 MAX_PORT = 65535
@@ -136,6 +139,7 @@ class Process:
         self._loader: SecurityLoader | None = None
         self._disk_probe = DiskProbeConfig()
         self._grpc: GrpcServer | None = None
+        self._start_page: StartPage | None = None
         self._public: HttpServer | None = None
         self._admin: HttpServer | None = None
         self._lane: FastLane | None = None
@@ -166,8 +170,9 @@ class Process:
 
             channels = secure_channels(tls.grpc)
         master = MasterClient(config, channels=channels)
+        self._open_start_page(config, tls)
         answer = self._ask_master(master)
-        store = self._load_store(config)
+        store = self._load_store(config, metrics)
         awaiting = answer is None and bool(master.seeds)
         metrics.watch_store(store)
         context = ServerContext(
@@ -203,6 +208,9 @@ class Process:
             metrics.watch_http("public", self._public.server)
         threading.Thread(target=metrics.history.run, args=(self._quit,), name="metrics-history", daemon=True).start()
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
+        watchdog = lockwatch.Watchdog()
+        metrics.watch_locks(watchdog)
+        threading.Thread(target=watchdog.run, args=(self._quit,), name="lock-watch", daemon=True).start()
         notify_service_manager("READY=1", self._environ)
         return Note("started")
 
@@ -279,9 +287,23 @@ class Process:
             os.environ["GRPC_SSL_CIPHER_SUITES"] = suites  # the library has no other way, and is not loaded yet
         return tls
 
+    def _open_start_page(self, config: ServerConfig, tls: Tls) -> None:
+        """Has the admin port answer "not ready" from now on. If it cannot be bound, its turn to say so comes later."""
+        from pyvolume.server.start_page import StartPage
+
+        current = tls.https.current if tls.https is not None else None
+        try:
+            page = StartPage(config.bind_ip, config.port, tls=current, offset_bytes=config.offset_bytes)
+        except (OSError, OverflowError):
+            return
+        page.start()
+        self._start_page = page
+
     def _ask_master(self, master: MasterClient) -> MasterConfiguration | None:
         if not master.seeds:
             return None  # nobody to wait for; the heartbeat says so
+        if self._start_page is not None:
+            self._start_page.tell("asking the masters for their settings")
         answer = master.wait_for_configuration(MASTER_WAIT_S, self._quit)
         if answer is None:
             _log.warning("no master answered within %g seconds: going on, its settings follow later", MASTER_WAIT_S)
@@ -307,10 +329,18 @@ class Process:
         pusher = Pusher(self._metrics.registry, address, interval_s, join_host_port(config.ip, config.port))
         threading.Thread(target=pusher.run, args=(self._quit,), name="metrics-push", daemon=True).start()
 
-    def _load_store(self, config: ServerConfig) -> Store:
+    def _load_store(self, config: ServerConfig, metrics: ServerMetrics) -> Store:
         from pyvolume.storage.store import Store
 
-        progress = Progress()
+        listeners: list[Callable[[int, int], None]] = [metrics.load_progress, Progress()]
+        if self._start_page is not None:
+            self._start_page.tell("loading volumes")
+            listeners.append(self._start_page.progress)
+
+        def progress(done: int, total: int) -> None:
+            for listener in listeners:
+                listener(done, total)
+
         try:
             store = Store(config)
             store.watch_disks(self._disk_probe)
@@ -336,7 +366,10 @@ class Process:
             self._public = _bind_http(http_app.make_public_server, context, address, config.public_port)
         address = join_host_port(config.bind_ip, config.port)
         _log.info("Start Seaweed volume server %s at %s", version, address)
-        self._admin = _bind_http(http_app.make_admin_server, context, address, config.port)
+        if self._start_page is not None:
+            self._admin = http_app.make_admin_server(context, self._start_page.take_listener())
+        else:
+            self._admin = _bind_http(http_app.make_admin_server, context, address, config.port)
 
     @staticmethod
     def _bind_grpc(context: ServerContext) -> GrpcServer:
@@ -426,16 +459,18 @@ class Process:
         config = context.config
         _log.info("volume server has been killed")
         notify_service_manager("STOPPING=1", self._environ)
+        pre_stop_until = time.monotonic()
         if context.heartbeat.alive:
             context.heartbeat.stop(goodbye=True)
+            pre_stop_until = time.monotonic() + max(0, config.pre_stop_s)
             _log.info("Stopping volume server...")
             context.stopping.set()
-            _guarded("flushing volumes", context.store.sync)
+            _guarded("flushing volumes", lambda: context.store.sync(pre_stop_until + config.stop_timeout_s))
             _log.info("stop send heartbeat and wait %d seconds until shutdown ...", config.pre_stop_s)
             faults.fault("stop.wait")
-            time.sleep(max(0, config.pre_stop_s))
+            time.sleep(max(0.0, pre_stop_until - time.monotonic()))
         context.stopping.set()
-        deadline = time.monotonic() + config.stop_timeout_s
+        deadline = pre_stop_until + config.stop_timeout_s
         self._stop_http(deadline)
         _log.info("graceful stop gRPC ...")
         if self._grpc is not None:
@@ -443,7 +478,7 @@ class Process:
             _guarded("stopping gRPC", lambda: self._grpc.stop(grace) if self._grpc else None)
         self._quit.set()
         _log.info("Shutting down volume server...")
-        _guarded("closing volumes", context.store.close)
+        _within(max(LEAST_CLOSE_S, deadline - time.monotonic()), "closing volumes", context.store.close)
         _guarded("closing connections to masters", context.master.close)
         if self._profiles is not None:
             _guarded("writing profiles", self._profiles.finish)
@@ -497,6 +532,15 @@ def _guarded(what: str, work: Callable[[], Any]) -> None:
         work()
     except Exception:
         _log.exception("%s failed", what)
+
+
+def _within(seconds: float, what: str, work: Callable[[], Any]) -> None:
+    """As _guarded, on a thread of its own that is left alone when the time is over."""
+    thread = threading.Thread(target=_guarded, args=(what, work), name="stop-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        _log.warning("%s takes longer than %.0f s: leaving without", what, seconds)
 
 
 def _guarded_call(what: str, work: Callable[[float], Any], argument: float) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from pyvolume.version import PYVOLUME_VERSION, VERSION, size_tag
 
 if TYPE_CHECKING:
     from pyvolume.config import ServerConfig
+    from pyvolume.lockwatch import Watchdog
     from pyvolume.ops.context import Ops
     from pyvolume.ops.throttle import Slots
     from pyvolume.server.grpc.service import GrpcServer
@@ -268,6 +269,11 @@ class ServerMetrics(Events):
         self.map_entries = gauge("pyvolume_map_entries", "Needles known to the maps of all volumes.")
         self.io_errors = gauge("pyvolume_volume_io_errors", "Input/output errors met in the volumes served now.")
         self.compacting = gauge("pyvolume_volumes_compacting", "Volumes that are being vacuumed.")
+        self.loading = gauge(
+            "pyvolume_loading_entries", "Volumes found at the start, and how many of them are done with.", "state"
+        )
+        self._long_waits = counter("pyvolume_long_waits_total", "Waits for a lock or an append longer than 30 s.")
+        self._waiting_long = gauge("pyvolume_long_waits", "Such waits under way.")
         self._connected = gauge("pyvolume_master_connected", "1 while a master takes our heartbeats.")
         self._in_flight_bytes = gauge(
             "pyvolume_in_flight_bytes", "Bytes of requests that were let in and have not ended.", "direction"
@@ -302,6 +308,20 @@ class ServerMetrics(Events):
         self._download_limit.set(self._config.download_limit_bytes)
         self._upload_limit.set(self._config.upload_limit_bytes)
         self._store_figures = StoreFigures(self, store)
+
+    def load_progress(self, done: int, total: int) -> None:
+        """How far the loading of volumes is."""
+        self.loading.value("done").set(done)
+        self.loading.value("found").set(total)
+
+    def watch_locks(self, watchdog: Watchdog) -> None:
+        """Waits that the watchdog finds too long."""
+
+        def refresh() -> None:
+            self._long_waits.value().set(watchdog.long_waits)
+            self._waiting_long.value().set(watchdog.waiting)
+
+        self._watched.append(refresh)
 
     def watch_heartbeat(self, heartbeat: Heartbeat) -> None:
         def refresh() -> None:

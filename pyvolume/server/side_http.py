@@ -163,13 +163,15 @@ class SideServer(ThreadingMixIn, HTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, answer: Answer, name: str) -> None:
+    def __init__(
+        self, host: str, port: int, answer: Answer, name: str, *, listener: socket.socket | None = None
+    ) -> None:
         self.answer = answer
         self._name = name
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__((host, port), _Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = _listen(host, port)
+        self.socket = listener if listener is not None else _listen(host, port)
         self.port: int = self.socket.getsockname()[1]
 
     def start(self) -> None:

@@ -2982,7 +2982,7 @@ def default_connection_limit(nofile: int) -> int:
     return max(16, min(MAX_CONNECTIONS, nofile * 3 // 4))
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind_listener(host: str, port: int) -> socket.socket:
     """A bound socket; a wildcard host takes IPv4 and IPv6 on one socket, as net.Listen does. Raises OSError."""
     attempts: list[tuple[int, tuple[Any, ...]]] = []
     if host in ("", "*", "0.0.0.0", "::", "[::]"):
@@ -3027,6 +3027,7 @@ def create_server(
     admission: Admission | None = None,
     ident: str | None = None,
     make: Callable[..., VolumeHTTPServer] | None = None,
+    listener: socket.socket | None = None,
 ) -> VolumeHTTPServer:
     """Binds and listens at once (port 0: any, see .port); connections are served when run() is called.
 
@@ -3038,6 +3039,7 @@ def create_server(
     spool_bytes              larger bodies are kept in an unlinked file in spool_directory (None: the system's)
     ident                    SERVER_SOFTWARE of the environment; never sent, the application gives the Server header
     make                     makes the server, None: VolumeHTTPServer itself
+    listener                 a socket that is bound already, instead of host and port; the server's from here on
 
     Environment beyond WSGI: pyvolume.head (RequestHead), .raw_target, .raw_path, .raw_headers, .peer_ip,
     .body (memoryview of the kept bytes, None when spooled), .body_size (bytes that arrived), .body_error (BodyError or
@@ -3046,7 +3048,7 @@ def create_server(
     Raises OSError when the address cannot be bound.
     """
     nofile = raise_nofile_limit()
-    sock = _bind(host, port)
+    sock = listener if listener is not None else bind_listener(host, port)
     try:
         return (make or VolumeHTTPServer)(
             app,

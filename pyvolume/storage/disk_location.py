@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from pyvolume._native import engine
 from pyvolume.config import DirConfig
 from pyvolume.errors import StorageError
 from pyvolume.faults import fault
+from pyvolume.lockwatch import WatchedLock
 from pyvolume.log import V1, V2
 from pyvolume.security_config import DiskProbeConfig
 from pyvolume.storage import compact_recovery, disk_space, ec_files, files, vif
@@ -48,7 +48,7 @@ class DiskLocation:
         config: DirConfig,
         disk_id: int = 0,
         options: LoadOptions | None = None,
-        membership_lock: threading.Lock | None = None,
+        membership_lock: WatchedLock | None = None,
     ) -> None:
         self.config = config
         self.directory = os.path.normpath(config.path)
@@ -72,7 +72,7 @@ class DiskLocation:
         """Mounted shards of erasure coded volumes; ten of them take a slot. Set by storage.ec.members."""
         self.pending_creations = 0
         """Volumes being created, which count as slots. Guarded by the membership lock."""
-        self._lock = membership_lock if membership_lock is not None else threading.Lock()
+        self._lock = membership_lock if membership_lock is not None else WatchedLock("the membership of volumes")
         self._volumes: dict[int, Volume] = {}
         self._probe = DiskProbe(self.directory)
         self._directory_lock: DirectoryLock | None = None

@@ -14,6 +14,8 @@ import contextlib
 import errno
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,7 @@ from pyvolume.errors import (
     os_error_text,
 )
 from pyvolume.faults import fault
+from pyvolume.lockwatch import WatchedLock
 from pyvolume.security_config import DiskProbeConfig
 from pyvolume.storage import compact, copy, files, vif
 from pyvolume.storage.disk_location import DiskLocation
@@ -51,6 +54,7 @@ ChangeKind = Literal["new", "deleted", "new-ec", "deleted-ec"]
 ChangeListener = Callable[[ChangeKind, VolumeShortInfo | EcShardsInfo], None]
 
 _CLOSE_WORKERS: Final = 16
+_SYNC_WORKERS: Final = 8
 
 
 class StoreConfig(Protocol):
@@ -79,7 +83,7 @@ class _IdLocks:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._locks: dict[int, tuple[threading.Lock, int]] = {}
+        self._locks: dict[int, tuple[WatchedLock, int]] = {}
 
     @contextlib.contextmanager
     def hold(self, vid: int) -> Iterator[None]:
@@ -91,7 +95,7 @@ class _IdLocks:
     def attempt(self, vid: int, *, wait: bool = False) -> Iterator[bool]:
         """Gives whether the lock was got; without `wait` at once."""
         with self._guard:
-            lock, users = self._locks.get(vid, (threading.Lock(), 0))
+            lock, users = self._locks.get(vid) or (WatchedLock(f"the lock of volume id {vid}"), 0)
             self._locks[vid] = (lock, users + 1)
         try:
             got = lock.acquire(wait)
@@ -138,10 +142,10 @@ class Store:
         self.volume_size_limit = 0
         self.preallocate = False
         self.registry = engine.Registry()
-        self._lock = threading.Lock()
+        self._lock = WatchedLock("the membership of volumes")
         self._ids = _IdLocks()
         self._by_vid: dict[int, Volume] = {}
-        self._registry_lock = threading.Lock()
+        self._registry_lock = WatchedLock("the registry of volumes")
         self._listeners: list[ChangeListener] = []
         self._max_file_key = 0
         self.copy_room = copy.CopyRoom()
@@ -225,13 +229,43 @@ class Store:
                 (self.find_volume(volume.vid) or volume).base_path,
             )
 
-    def sync(self) -> None:
-        """Flushes all volumes; what fails is logged. Blocks on disk."""
-        for volume in self.volumes():
-            try:
-                volume.sync()
-            except StorageError as exc:
-                log.warning("volume %d: sync: %s", volume.vid, exc)
+    def sync(self, deadline_s: float | None = None) -> int:
+        """Flushes all volumes, several at a time; what fails is logged. Blocks on disk.
+
+        With a deadline (of the monotonic clock) it returns then at the latest; threads that are stuck in a flush are
+        left to themselves. Returns how many volumes are not flushed.
+        """
+        work = deque(self.volumes())
+        left = len(work)
+        done = threading.Condition()
+
+        def flush() -> None:
+            nonlocal left
+            while work:
+                try:
+                    volume = work.popleft()
+                except IndexError:
+                    return
+                try:
+                    volume.sync()
+                except StorageError as exc:
+                    log.warning("volume %d: sync: %s", volume.vid, exc)
+                except Exception:  # the others are to be flushed all the same
+                    log.exception("volume %d: sync", volume.vid)
+                with done:
+                    left -= 1
+                    done.notify()
+
+        for number in range(min(_SYNC_WORKERS, left)):
+            threading.Thread(target=flush, name=f"sync_{number}", daemon=True).start()
+        with done:
+            limit = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            done.wait_for(lambda: left == 0, limit)
+            missing = left
+        work.clear()
+        if missing:
+            log.warning("flushing volumes: %d are not done in time, going on", missing)
+        return missing
 
     def close(self) -> None:
         """Closes all volumes and gives the directories back. Waits for running vacuums. Idempotent; blocks on disk."""

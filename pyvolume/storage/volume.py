@@ -41,6 +41,7 @@ from pyvolume.errors import (
     from_os_error,
     os_error_text,
 )
+from pyvolume.lockwatch import WatchedLock, waiting_for
 from pyvolume.storage import ec_files, files, vif
 from pyvolume.storage.mapped_volume import MappedVolume
 from pyvolume.storage.needle_map import RocksMaps, rocks_path_of
@@ -225,7 +226,8 @@ class Volume:
         """Renames of the last commit are still to be made, its marker is there; guarded by the claim."""
         self._handle = handle
         self._options = options
-        self._state_lock = threading.Lock()
+        self._state_lock = WatchedLock(f"the state of volume {vid}")
+        self._appending = f"an append to volume {vid}"
         self._no_write_or_delete = no_write_or_delete
         self._no_write_can_delete = no_write_can_delete
         self._state: Literal["open", "closed", "destroyed"] = "open"
@@ -662,19 +664,20 @@ class Volume:
                 raise VolumeReadOnly(f"volume {self.vid} is read only")
             handle = self._handle
             try:
-                return handle.write(
-                    needle.id,
-                    needle.cookie,
-                    needle.data,
-                    flags=flags,
-                    name=needle.name,
-                    mime=needle.mime,
-                    pairs=needle.pairs,
-                    last_modified_s=needle.last_modified_s,
-                    ttl=(ttl.count, ttl.unit),
-                    check_cookie=check_cookie,
-                    fsync=fsync,
-                )
+                with waiting_for(self._appending):
+                    return handle.write(
+                        needle.id,
+                        needle.cookie,
+                        needle.data,
+                        flags=flags,
+                        name=needle.name,
+                        mime=needle.mime,
+                        pairs=needle.pairs,
+                        last_modified_s=needle.last_modified_s,
+                        ttl=(ttl.count, ttl.unit),
+                        check_cookie=check_cookie,
+                        fsync=fsync,
+                    )
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
                     raise self._write_error(exc, needle.id) from exc
@@ -690,7 +693,8 @@ class Volume:
                 raise VolumeReadOnly(f"volume {self.vid} is read only")
             handle = self._handle
             try:
-                size, _ = handle.delete(key, cookie, checksum)
+                with waiting_for(self._appending):
+                    size, _ = handle.delete(key, cookie, checksum)
                 return max(size, 0)
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
@@ -706,7 +710,8 @@ class Volume:
                 raise VolumeReadOnly(f"volume {self.vid} is read only")
             handle = self._handle
             try:
-                return handle.write_blob(key, size, blob)
+                with waiting_for(self._appending):
+                    return handle.write_blob(key, size, blob)
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
                     raise self._blob_error(exc, key, size, len(blob)) from exc

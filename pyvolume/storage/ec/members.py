@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from typing import Final, Literal, Protocol
 
 from pyvolume.errors import StorageError, from_os_error
 from pyvolume.faults import fault
+from pyvolume.lockwatch import WatchedLock
 from pyvolume.storage import ec_files, files, vif
 from pyvolume.storage.ec import encode, index, rebuild, sidecar
 from pyvolume.storage.ec.layout import DEFAULT_DATA, MAX_SHARDS
@@ -82,7 +82,7 @@ class EcMembers:
         self._attempt = attempt
         self._notify = notify
         self._came_or_went = came_or_went
-        self._lock = threading.Lock()
+        self._lock = WatchedLock("the membership of EC volumes")
         self._tables: list[dict[int, EcVolume]] = [{} for _ in locations]
 
     # ------------------------------------------------------------------------------------------------------ who is here
