@@ -261,6 +261,8 @@ typedef struct pv_vol_stats {
     uint64_t last_modified_s;   /* largest LastModified written since open, 0 if none */
     uint64_t last_write_wall_s; /* wall clock of the last extending write since open, 0 if none */
     uint64_t eio_count;         /* consecutive EIO seen */
+    uint64_t flush_count;       /* flushes that writes with fsync waited for, since open */
+    uint64_t flushed_records;   /* records they covered: over flush_count, how many share one */
     uint32_t vid;
     uint16_t compaction_revision;
     uint8_t version;

@@ -480,6 +480,8 @@ int pv_vol_stat(pv_vol *v, pv_vol_stats *out) {
     out->last_modified_s = pv__load_u64(&v->last_modified_s);
     out->last_write_wall_s = pv__load_u64(&v->last_write_wall_s);
     out->eio_count = pv__load_u64(&v->eio_count);
+    out->flush_count = pv__load_u64(&v->flush_count);
+    out->flushed_records = pv__load_u64(&v->flushed_records);
     out->vid = v->vid;
     out->version = v->version;
     out->offset_width = v->width;
@@ -976,6 +978,14 @@ static int publish_batch(pv_vol *v, gen *g, pend *last, bool sync_idx, pv_errinf
  * flushes then. The result is the flush's own: each pending record holds its own result. */
 static int flush_pending(pv_vol *v, gen *g, bool sync_idx, pv_errinfo *err) {
     pend *last = v->pend_tail;
+    if (last != NULL) {
+        uint64_t records = 1;
+        for (const pend *p = v->pend_head; p != last; p = p->next) {
+            records++;
+        }
+        atomic_fetch_add(&v->flush_count, 1);
+        atomic_fetch_add(&v->flushed_records, records);
+    }
     v->flushing = true;
     pv__mutex_unlock(&v->append_lock);
     int rc = pv__io_datasync(g->dat_fd, err);

@@ -80,6 +80,8 @@ struct pv_vol {
     _Atomic uint64_t last_write_wall_s;
 
     _Atomic uint64_t eio_count;
+    _Atomic uint64_t flush_count;
+    _Atomic uint64_t flushed_records;
 };
 
 static inline uint64_t pv__load_u64(_Atomic uint64_t *p) {

@@ -556,6 +556,8 @@ class VolumeStat:
     last_modified_s: int
     last_write_wall_s: int
     eio_count: int
+    flush_count: int
+    flushed_records: int
     vid: int
     compaction_revision: int
     version: int
@@ -565,7 +567,7 @@ class VolumeStat:
     closed: bool
 
 
-_STAT: Final = struct.Struct("=13QIHBB???5x")
+_STAT: Final = struct.Struct("=15QIHBB???5x")
 _check_layout("pv_vol_stats", _STAT, tuple(VolumeStat.__slots__))
 
 

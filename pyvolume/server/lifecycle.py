@@ -208,6 +208,7 @@ class Process:
             metrics.watch_http("public", self._public.server)
         threading.Thread(target=metrics.history.run, args=(self._quit,), name="metrics-history", daemon=True).start()
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
+        threading.Thread(target=metrics.sample_gil, args=(self._quit,), name="gil-sample", daemon=True).start()
         watchdog = lockwatch.Watchdog()
         metrics.watch_locks(watchdog)
         threading.Thread(target=watchdog.run, args=(self._quit,), name="lock-watch", daemon=True).start()

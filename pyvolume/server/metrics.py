@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyvolume.server.heartbeat import Heartbeat
     from pyvolume.server.waitress_ext import VolumeHTTPServer
     from pyvolume.storage.store import Store
+    from pyvolume.storage.volume import Volume
 
 PREFIX: Final = "SeaweedFS_volumeServer_"
 BUCKETS: Final = exponential_buckets(0.0001, 2, 24)
@@ -43,6 +44,8 @@ STORE_REFRESH_S = 1.0
 """Figures of the volumes are not older than this when they are shown."""
 MAX_METHODS = 32
 """Different methods that get a series of their own; further ones count as INVALID."""
+GIL_BUCKETS: Final = exponential_buckets(0.00005, 2, 14)
+GIL_SAMPLE_S = 0.5
 HISTORY_INTERVAL_S = 5.0
 HISTORY_SAMPLES = 720
 
@@ -269,6 +272,16 @@ class ServerMetrics(Events):
         self.map_entries = gauge("pyvolume_map_entries", "Needles known to the maps of all volumes.")
         self.io_errors = gauge("pyvolume_volume_io_errors", "Input/output errors met in the volumes served now.")
         self.compacting = gauge("pyvolume_volumes_compacting", "Volumes that are being vacuumed.")
+        self.vacuum_progress = gauge(
+            "pyvolume_vacuum_progress", "Share of the data that the vacuum of a volume has gone through.", "volume"
+        )
+        self.flushes = counter("pyvolume_group_commits_total", "Flushes that writes with fsync waited for.").value()
+        self.flushed = counter("pyvolume_group_commit_records_total", "Records that these flushes covered.").value()
+        self._gil_wait = registry.histogram(
+            "pyvolume_gil_wait_seconds",
+            "Sampled: how long a thread that has work waits for the interpreter.",
+            GIL_BUCKETS,
+        ).distribution()
         self.loading = gauge(
             "pyvolume_loading_entries", "Volumes found at the start, and how many of them are done with.", "state"
         )
@@ -308,6 +321,13 @@ class ServerMetrics(Events):
         self._download_limit.set(self._config.download_limit_bytes)
         self._upload_limit.set(self._config.upload_limit_bytes)
         self._store_figures = StoreFigures(self, store)
+
+    def sample_gil(self, quit_event: threading.Event) -> None:
+        """Until the event is set: gives the interpreter away for a moment and sees how long it takes to get it back."""
+        while not quit_event.wait(GIL_SAMPLE_S):
+            began = time.perf_counter()
+            time.sleep(0)
+            self._gil_wait.observe(time.perf_counter() - began)
 
     def load_progress(self, done: int, total: int) -> None:
         """How far the loading of volumes is."""
@@ -505,6 +525,7 @@ class StoreFigures:
     def __init__(self, metrics: ServerMetrics, store: Store) -> None:
         self._metrics = metrics
         self._store = store
+        self._flushes: dict[Volume, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._fresh_until = 0.0
 
@@ -521,6 +542,8 @@ class StoreFigures:
         read_only: dict[Labels, float] = {}
         sizes: dict[Labels, float] = {}
         map_bytes = map_entries = io_errors = compacting = 0
+        progress: dict[Labels, float] = {}
+        flushes: dict[Volume, tuple[int, int]] = {}
         for volume in self._store.volumes():
             stat = volume.stat()
             if stat.closed:
@@ -543,6 +566,10 @@ class StoreFigures:
             map_entries += stat.map_entries
             io_errors += stat.eio_count
             compacting += volume.is_compacting
+            if volume.vacuum_offset and stat.dat_bytes:
+                progress[(str(volume.vid),)] = round(min(1.0, volume.vacuum_offset / stat.dat_bytes), 3)
+            if stat.flush_count:
+                flushes[volume] = stat.flush_count, stat.flushed_records
         for coded in self._store.ec.volumes():
             name, shards = coded.collection, list(coded.shards.values())
             counts[name, "ec_shards"] = counts.get((name, "ec_shards"), 0) + len(shards)
@@ -558,6 +585,14 @@ class StoreFigures:
         metrics.map_entries.value().set(map_entries)
         metrics.io_errors.value().set(io_errors)
         metrics.compacting.value().set(compacting)
+        metrics.vacuum_progress.replace(progress)
+        for flushed, (count, records) in flushes.items():
+            old_count, old_records = self._flushes.get(flushed, (0, 0))
+            if count < old_count:  # another handle
+                old_count = old_records = 0
+            metrics.flushes.inc(count - old_count)
+            metrics.flushed.inc(records - old_records)
+        self._flushes = flushes
 
     def _disks(self) -> None:
         most = 0

@@ -84,6 +84,7 @@ def compact(
     try:
         return _compact(volume, preallocate_bytes, bytes_per_s, go_on)
     finally:
+        volume.vacuum_offset = 0
         volume.release()
 
 
@@ -117,6 +118,7 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
             fault("compact.step")
             more = copy.step(STEP_BYTES if not bytes_per_s else max(1 << 20, min(STEP_BYTES, bytes_per_s // 4)))
             after = copy.stat()
+            volume.vacuum_offset = after.source_offset
             if not go_on(after.source_offset):
                 raise CompactionInterrupted("interrupted")
             for _ in limit.waits(after.new_dat_bytes - before.new_dat_bytes):

@@ -236,7 +236,7 @@ class Store:
         left to themselves. Returns how many volumes are not flushed.
         """
         work = deque(self.volumes())
-        left = len(work)
+        left = total = len(work)
         done = threading.Condition()
 
         def flush() -> None:
@@ -264,7 +264,7 @@ class Store:
             missing = left
         work.clear()
         if missing:
-            log.warning("flushing volumes: %d are not done in time, going on", missing)
+            log.warning("flushing volumes: %d of %d are not done in time, going on", missing, total)
         return missing
 
     def close(self) -> None:

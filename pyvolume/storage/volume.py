@@ -41,6 +41,7 @@ from pyvolume.errors import (
     from_os_error,
     os_error_text,
 )
+from pyvolume.faults import fault
 from pyvolume.lockwatch import WatchedLock, waiting_for
 from pyvolume.storage import ec_files, files, vif
 from pyvolume.storage.mapped_volume import MappedVolume
@@ -222,6 +223,8 @@ class Volume:
         """Called under the state lock after the handle was exchanged; the store republishes it."""
         self.compaction: Compaction | None = None
         """A copy that waits for its commit; guarded by the claim."""
+        self.vacuum_offset = 0
+        """How far in .dat the copy of a vacuum under way is; read anywhere, written by the vacuum."""
         self.swap_unfinished = False
         """Renames of the last commit are still to be made, its marker is there; guarded by the claim."""
         self._handle = handle
@@ -718,6 +721,7 @@ class Volume:
 
     def sync(self) -> None:
         """Flushes .dat and .idx. Raises DiskError, VolumeClosed."""
+        fault("volume.sync")
         try:
             self._handle.sync()
         except engine.NativeError as exc:

@@ -307,6 +307,45 @@ def test_service_manager_is_told(make: Make, tmp_path: Path) -> None:
         assert server.exit_status() == 0
 
 
+def test_healthz_says_how_far_the_loading_is(make: Make, tmp_path: Path) -> None:
+    from storage_util import create
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for vid in range(1, 4):
+        create(data, vid).close()
+    server = make(PYVOLUME_FAILPOINTS="load.volume=sleep:1500@3")
+
+    def says(text: bytes) -> bool:
+        try:
+            status, body = server.request("GET", "/healthz")
+        except OSError:
+            return False
+        assert status in (200, 503)
+        return status == 503 and body == text
+
+    wait_for(lambda: says(b"loading volumes: 2 of 3\n"), "the progress")
+    assert server.request("PUT", "/1,01637037d6", b"x")[0] == 503
+    with socket.create_connection((HOST, server.port)) as silent:
+        silent.settimeout(START_LIMIT_S)
+        server.started()  # the port is never closed in between, or `up` would have seen it
+        assert silent.recv(1) == b"", "connections that have asked nothing are not told later that it is starting"
+    assert server.request("GET", "/healthz") == (200, b"")
+    assert server.request("PUT", "/1,01637037d6", b"x")[0] == 201
+
+
+def test_signal_while_loading_exits_0_at_once(make: Make, tmp_path: Path) -> None:
+    from storage_util import create
+
+    data = tmp_path / "data"
+    data.mkdir()
+    create(data, 1).close()
+    server = make(PYVOLUME_FAILPOINTS="load.volume=sleep:60000")
+    wait_for(lambda: connects(HOST, server.port), "the start page")
+    server.send(signal.SIGTERM)
+    assert server.exit_status(5) == 0
+
+
 # --- stop ------------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +380,55 @@ def test_silent_connections_do_not_delay_the_stop(make: Make) -> None:
         server.send(signal.SIGTERM)
         assert server.exit_status() == 0
     assert time.monotonic() - began < 10.0
+
+
+def test_a_thousand_idle_connections_do_not_delay_the_stop(make: Make) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    server = make().started()
+    sockets: list[socket.socket] = []
+    try:
+        ask = f"GET /healthz HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+        for number in range(1000):
+            sock = socket.create_connection((HOST, server.port), 10)
+            sockets.append(sock)
+            if number % 2:  # half of them have been served before
+                sock.sendall(ask)
+        for sock in sockets[1::2]:
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+        server.send(signal.SIGTERM)
+        for sock in sockets:
+            sock.settimeout(20)
+            assert sock.recv(4096) == b""
+        assert server.exit_status() == 0
+    finally:
+        for sock in sockets:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not server.logged("cut"), "closed in order, not by the time limit"
+    begun, ended = (
+        next(line for line in server.log.splitlines() if text in line) for text in ("killed", "successfully")
+    )
+    seconds = [
+        sum(float(part) * 60**i for i, part in enumerate(reversed(line.split()[1].split(":"))))
+        for line in (begun, ended)
+    ]
+    print(f"stop with 1,000 idle connections: {seconds[1] - seconds[0]:.3f} s")
+
+
+def test_a_flush_that_hangs_does_not_hold_the_stop(make: Make, tmp_path: Path) -> None:
+    from storage_util import create
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for vid in (1, 2, 3):
+        create(data, vid).close()
+    server = make("-stopTimeout=1s", PYVOLUME_FAILPOINTS="volume.sync=sleep:60000@2").started()
+    server.send(signal.SIGTERM)
+    assert server.exit_status(20) == 0
+    assert server.logged("flushing volumes: 1 of 3 are not done in time, going on")
 
 
 def test_stop_is_limited_in_time(make: Make) -> None:
