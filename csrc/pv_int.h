@@ -164,7 +164,7 @@ int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, 
 /* Adds to file_count what upstream counts besides puts. */
 void pv__map_count_files(pv_map *m, uint64_t more);
 /* Upstream's counters of a map that was made from the first max_rows rows of an index (storage.md 15, "after reload" but for
- * the memory kind), exactly. live: the map of just those rows. Fills all of stats but entries and memory_bytes. */
+ * the memory kind), exactly where upstream estimates. live: the map of just those rows. Fills all of stats but entries and memory_bytes. */
 int pv__index_count(int idx_fd, uint8_t width, uint64_t max_rows, pv_map *live, pv_map_stats *stats,
                     pv_errinfo *err) PV_WUR;
 

@@ -7,7 +7,9 @@
  * temporary name. The index is the truth: all of it is read at open, for the counters and for that comparison.
  *
  * Counters are upstream's for this kind (storage.md 15): every row of the index counts as a file, and all but the last live
- * row of each key count as deleted; deletes at run time change none of them.
+ * row of each key count as deleted; deletes at run time change none of them. Upstream asks a Bloom filter which rows are the
+ * last of their keys, so that now and then a live row counts as deleted. Masters and shells see the figures and vacuum by
+ * them, so the filter is the same one here.
  */
 #include "pv_int.h"
 
@@ -20,6 +22,7 @@
 #define ROW_MAX 17U
 #define VISIT_ROWS 1024U
 #define TOMBSTONE (-1)
+#define FILTER_HASHES 10U
 
 struct pv__sorted {
     int fd;
@@ -234,6 +237,63 @@ int pv__index_count(int idx_fd, uint8_t width, uint64_t max_rows, pv_map *live, 
     return n;
 }
 
+/* Number of bits of a filter for so many keys with one false answer in a thousand: ceil(keys * |ln 0.001| / ln(2)^2). */
+static uint64_t filter_bits(uint64_t keys) {
+    double bits = (double)keys / ((0.6931471805599453 * 0.6931471805599453) / 6.907755278982137);
+    uint64_t whole = (uint64_t)bits;
+    return whole + ((double)whole < bits);
+}
+
+/* Adds a key; whether all of its bits were set before. */
+static bool filter_add(uint8_t *filter, uint64_t bits, uint64_t key) {
+    uint64_t hash = 14695981039346656037U; /* FNV-1, 64 bits, over the key in big-endian order */
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        hash = hash * 1099511628211U ^ (key >> shift & 0xff);
+    }
+    uint64_t step = hash >> 32;
+    uint64_t place = hash & 0xffffffff;
+    bool known = true;
+    for (uint32_t i = 0; i < FILTER_HASHES; i++, place += step) {
+        uint64_t bit = place % bits;
+        known = known && (filter[bit / 8] >> bit % 8 & 1U) != 0;
+        filter[bit / 8] |= (uint8_t)(1U << bit % 8);
+    }
+    return known;
+}
+
+/* Upstream's estimate: a row counts as deleted if the filter knows its key from a later row, or if it holds nothing. */
+static int estimate(int idx_fd, uint8_t width, uint64_t count, pv_map_stats *stats, pv_errinfo *err) {
+    uint64_t bits = filter_bits(count);
+    pv_idx_row *rows = pv__malloc(VISIT_ROWS * sizeof *rows);
+    uint8_t *filter = bits / 8 >= SIZE_MAX ? NULL : pv__calloc((size_t)(bits / 8 + 1), 1);
+    int rc = 0;
+    if (rows == NULL || filter == NULL) {
+        rc = pv__fail(err, PV_ENOMEM, bits / 8, 0, 0, 0);
+        count = 0;
+    }
+    while (count > 0) {
+        size_t want = count < VISIT_ROWS ? (size_t)count : VISIT_ROWS;
+        int got = pv_idx_read(idx_fd, width, count - want, rows, want, err);
+        if (got != (int)want) {
+            rc = got < 0 ? got : pv__fail(err, PV_EEOF, count, 0, 0, 0);
+            break;
+        }
+        for (size_t i = want; i-- > 0;) {
+            bool holds = rows[i].size > 0;
+            bool known = filter_add(filter, bits, rows[i].key);
+            stats->file_count++;
+            stats->file_bytes += holds ? (uint64_t)rows[i].size : 0;
+            stats->max_key = rows[i].key > stats->max_key ? rows[i].key : stats->max_key;
+            stats->deleted_count += known || !holds;
+            stats->deleted_bytes += known && holds ? (uint64_t)rows[i].size : 0;
+        }
+        count -= want;
+    }
+    pv__free(rows);
+    pv__free(filter);
+    return rc;
+}
+
 int pv__sorted_open(const char *path, int idx_fd, uint8_t width, pv__sorted **out, pv_map_stats *stats,
                     pv_errinfo *err) {
     pv_map *live = NULL;
@@ -250,7 +310,7 @@ int pv__sorted_open(const char *path, int idx_fd, uint8_t width, pv__sorted **ou
     s->row_len = 12U + width;
     rc = pv_map_load(live, idx_fd, 0, &loaded, err);
     if (rc == 0) {
-        rc = pv__index_count(idx_fd, width, UINT64_MAX, live, stats, err);
+        rc = estimate(idx_fd, width, loaded, stats, err);
     }
     if (rc == 0) {
         rc = open_file(s, path, idx_fd, live, err);
