@@ -519,10 +519,12 @@ PV_API int pv_reg_publish(pv_reg *r, uint32_t vid, pv_vol *v) PV_WUR; /* PV_EEXI
 PV_API int pv_reg_withdraw(pv_reg *r, uint32_t vid) PV_WUR;           /* PV_ENOTFOUND */
 /* Gives a reference (pv_vol_unref), or NULL. */
 PV_API pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) PV_WUR;
-/* What a lane must know of a volume besides its handle, which answers for itself whether it takes writes. */
+/* What a lane must know of a volume besides its handle, which answers for itself whether it takes writes: flags, and the
+ * volume's ttl, (uint32_t)count << PV_REG_TTL_COUNT_SHIFT | (uint32_t)unit << PV_REG_TTL_UNIT_SHIFT. */
 enum pv_reg_flag {
-    PV_REG_SINGLE = 1, /* one copy: a write or delete concerns no other server */
-    PV_REG_NO_TTL = 2  /* needles without a ttl of their own live for ever */
+    PV_REG_SINGLE = 1,           /* one copy: a write or delete concerns no other server */
+    PV_REG_TTL_COUNT_SHIFT = 16, /* from this bit on 8 bits each: the ttl of needles that have none of their own */
+    PV_REG_TTL_UNIT_SHIFT = 24
 };
 PV_API int pv_reg_publish_as(pv_reg *r, uint32_t vid, pv_vol *v, uint32_t flags) PV_WUR;
 PV_API pv_vol *pv_reg_acquire_as(pv_reg *r, uint32_t vid, uint32_t *flags) PV_WUR;
@@ -1012,7 +1014,7 @@ enum pv_lane_reason {
     PV_LANE_WHY_OFF = 1,    /* the method is not served now */
     PV_LANE_WHY_QUERY = 2,  /* a parameter that means something */
     PV_LANE_WHY_PATH = 3,   /* no plain file id */
-    PV_LANE_WHY_VOLUME = 4, /* not published, or with replicas, or with a ttl */
+    PV_LANE_WHY_VOLUME = 4, /* not published, or with replicas */
     PV_LANE_WHY_NEEDLE = 5, /* absent, deleted, expired, another cookie, unreadable, a manifest, has pairs */
     PV_LANE_WHY_ANSWER = 6, /* to be unpacked, or of an unusual form */
     PV_LANE_WHY_UPLOAD = 7, /* a form, gzip, to be packed, md5, an image to be turned */
@@ -1037,11 +1039,12 @@ typedef struct pv_lane_opts {
     uint32_t idle_timeout_ms;  /* 0: never */
     uint32_t threads;          /* at least 1 */
     uint32_t io_threads;       /* at least 1: for reads that miss the page cache, and large writes */
+    uint32_t sync_threads;     /* at least 1: for writes that are flushed before they are answered */
     uint32_t max_connections;
     uint32_t mailbox; /* connections that wait to be taken over, at most */
     uint32_t serve;   /* enum pv_lane_serve */
     uint8_t fix_orientation;
-    uint8_t reserved[7];
+    uint8_t reserved[3];
 } pv_lane_opts;
 
 /* A connection that was handed over. */

@@ -9,7 +9,7 @@
  * A request is served only when all of it is there; until its first side effect it can be handed over untouched, with
  * all bytes from its first one on. What the volumes and pv_http.c say decides; this file adds nothing to the meaning.
  *
- * Locks: a thread's inbox, the job queue, the mailbox, the life cycle. Each is held for a few instructions, none with another.
+ * Locks: a thread's inbox, the job queues, the mailbox, the life cycle. Each is held for a few instructions, none with another.
  * Memory: bodies and needles above LARGE bytes count against the budget.
  */
 #include "pv_lane_int.h"
@@ -101,6 +101,7 @@ struct op {
     lane_thread *t;
     enum op_kind kind;
     bool replicate;
+    bool fsync;
     int why;   /* -1, or enum pv_lane_reason */
     pv_vol *v; /* a reference */
     uint64_t key;
@@ -109,6 +110,8 @@ struct op {
     pv_entry entry;
     pv_text ts;
     pv_text ttl;
+    uint8_t volume_ttl_count;
+    uint8_t volume_ttl_unit;
     pv_url url;
     pv_read rd;
     pv_needle n;
@@ -156,6 +159,20 @@ typedef struct listener {
     uint32_t flags;
 } listener;
 
+/* Jobs and the threads that do them, first come first served. Flushed writes have threads of their own, so that a disk that
+ * flushes slowly keeps no read waiting; many of them share one flush in the engine. */
+typedef struct job_queue {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    op *first;
+    op *last;
+    size_t count;
+    bool end;
+    pthread_t *threads;
+    uint32_t size;    /* threads there should be */
+    uint32_t running; /* threads there are */
+} job_queue;
+
 struct pv_lane {
     pv_reg *registry;
     const pv_mime *mime;
@@ -184,15 +201,8 @@ struct pv_lane {
     bool stopped;
     uint64_t cut_count;
 
-    pthread_mutex_t jobs_lock;
-    pthread_cond_t jobs_cond;
-    op *jobs;
-    op *jobs_last;
-    size_t job_count;
-    bool jobs_end;
-    pthread_t *io_threads;
-    uint32_t io_count;
-    uint32_t io_running;
+    job_queue io;
+    job_queue sync;
 
     pthread_mutex_t mail_lock;
     pthread_cond_t mail_cond;
@@ -425,8 +435,8 @@ static bool has_field(const conn *c, enum pv__field field) {
     return (c->head.seen & (UINT32_C(1) << field)) != 0;
 }
 
-/* The parameters that are served: readDeleted=true of reads; type=replicate of writes and deletes; ts and ttl of writes.
- * Each once. */
+/* The parameters that are served: readDeleted=true of reads; type=replicate of writes and deletes; ts, ttl and fsync=true
+ * of writes. Each once. */
 static bool take_query(const conn *c, pv_text query, op *o) {
     unsigned seen = 0;
     size_t at = 0;
@@ -457,6 +467,9 @@ static bool take_query(const conn *c, pv_text query, op *o) {
         } else if (is_upload(c) && pv__eq(name, PV__LIT("ttl"))) {
             o->ttl = value;
             bit = 8;
+        } else if (is_upload(c) && pv__eq(name, PV__LIT("fsync")) && pv__eq(value, PV__LIT("true"))) {
+            o->fsync = true;
+            bit = 16;
         } else {
             return false;
         }
@@ -486,7 +499,7 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     }
     o->kind = is_read(c) ? OP_READ : is_upload(c) ? OP_WRITE : OP_DELETE;
     o->why = -1;
-    o->replicate = false;
+    o->replicate = o->fsync = false;
     o->read_flags = 0;
     o->ts = o->ttl = pv__text(NULL, 0);
     if (!take_query(c, span_text(p, c->head.query), o)) {
@@ -513,8 +526,9 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     if (o->v == NULL) {
         return PV_LANE_WHY_VOLUME;
     }
-    if ((o->kind != OP_READ && (flags & PV_REG_SINGLE) == 0 && !o->replicate) ||
-        (o->kind == OP_WRITE && (flags & PV_REG_NO_TTL) == 0)) {
+    o->volume_ttl_count = (uint8_t)(flags >> PV_REG_TTL_COUNT_SHIFT);
+    o->volume_ttl_unit = (uint8_t)(flags >> PV_REG_TTL_UNIT_SHIFT);
+    if (o->kind != OP_READ && (flags & PV_REG_SINGLE) == 0 && !o->replicate) {
         pv_vol_unref(o->v);
         o->v = NULL;
         return PV_LANE_WHY_VOLUME;
@@ -702,7 +716,8 @@ static int work(op *o, bool cached) {
     uint32_t how = PV_READ_ENTRY | o->read_flags | (cached ? PV_READ_CACHED : 0);
     int rc;
     if (o->kind == OP_WRITE) {
-        rc = pv_vol_write(o->v, &o->n, PV_WRITE_CHECK_COOKIE, NULL, &o->res, &o->err);
+        uint32_t flags = PV_WRITE_CHECK_COOKIE | (o->fsync ? PV_WRITE_FSYNC : 0);
+        rc = pv_vol_write(o->v, &o->n, flags, NULL, &o->res, &o->err);
         o->why = rc < 0 ? PV_LANE_WHY_WRITE : -1;
         return 0;
     }
@@ -905,7 +920,11 @@ static bool make_needle(const lane_thread *t, const conn *c, const char *p, op *
         n->mime = (const uint8_t *)up.mime.p;
         n->mime_size = (uint8_t)up.mime.n;
     }
-    if (pv_ttl_parse(o->ttl.p, o->ttl.n, &n->ttl_count, &n->ttl_unit) != 0) {
+    if (pv_ttl_parse(o->ttl.p, o->ttl.n, &n->ttl_count, &n->ttl_unit) == 0) {
+        n->ttl_count = o->volume_ttl_count;
+        n->ttl_unit = o->volume_ttl_unit;
+    }
+    if (n->ttl_count != 0 || n->ttl_unit != 0) {
         n->flags |= PV_F_TTL;
     }
     n->last_modified_s = pv_ts_parse(o->ts.p, o->ts.n);
@@ -952,19 +971,19 @@ static bool stash(lane_thread *t, conn *c, const char *p, size_t n, size_t want)
 
 /* Gives work to an I/O thread. The input is stashed already. False: the queue is full. */
 static bool queue_job(lane_thread *t, conn *c, op *o) {
-    pv_lane *l = t->lane;
+    job_queue *q = o->fsync ? &t->lane->sync : &t->lane->io;
     o->c = c;
     o->t = t;
     o->next = NULL;
-    pv__mutex_lock(&l->jobs_lock);
-    bool full = l->job_count >= JOBS_MAX;
+    pv__mutex_lock(&q->lock);
+    bool full = q->count >= JOBS_MAX;
     if (!full) {
-        *(l->jobs_last != NULL ? &l->jobs_last->next : &l->jobs) = o;
-        l->jobs_last = o;
-        l->job_count++;
-        pv__must(pthread_cond_signal(&l->jobs_cond));
+        *(q->last != NULL ? &q->last->next : &q->first) = o;
+        q->last = o;
+        q->count++;
+        pv__must(pthread_cond_signal(&q->cond));
     }
-    pv__mutex_unlock(&l->jobs_lock);
+    pv__mutex_unlock(&q->lock);
     if (full) {
         return false;
     }
@@ -987,7 +1006,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
     if (o->kind == OP_WRITE) {
         /* An overwrite reads what is there. */
-        wait = c->head.content_length > INLINE_WRITE || (rc == 0 && o->entry.size > 0);
+        wait = o->fsync || c->head.content_length > INLINE_WRITE || (rc == 0 && o->entry.size > 0);
         if (rc < 0 && rc != PV_ENOTFOUND) {
             why = PV_LANE_WHY_VOLUME;
         }
@@ -1236,28 +1255,66 @@ static void post(lane_thread *t, msg *m) {
     wake(t);
 }
 
+static int queue_init(job_queue *q, uint32_t size) {
+    if (pv__mutex_init(&q->lock) < 0 || pv__cond_init(&q->cond) < 0) {
+        return PV_ENOMEM;
+    }
+    q->size = size;
+    q->threads = pv__calloc(size, sizeof *q->threads);
+    return q->threads == NULL ? PV_ENOMEM : 0;
+}
+
+static void queue_destroy(job_queue *q) {
+    pv__must(pthread_mutex_destroy(&q->lock));
+    pv__must(pthread_cond_destroy(&q->cond));
+    pv__free(q->threads);
+}
+
 static void *io_main(void *arg) {
-    pv_lane *l = arg;
+    job_queue *q = arg;
     for (;;) {
-        pv__mutex_lock(&l->jobs_lock);
-        while (l->jobs == NULL && !l->jobs_end) {
-            pv__cond_wait(&l->jobs_cond, &l->jobs_lock);
+        pv__mutex_lock(&q->lock);
+        while (q->first == NULL && !q->end) {
+            pv__cond_wait(&q->cond, &q->lock);
         }
-        op *o = l->jobs;
+        op *o = q->first;
         if (o != NULL) {
-            l->jobs = o->next;
-            if (l->jobs == NULL) {
-                l->jobs_last = NULL;
+            q->first = o->next;
+            if (q->first == NULL) {
+                q->last = NULL;
             }
-            l->job_count--;
+            q->count--;
         }
-        pv__mutex_unlock(&l->jobs_lock);
+        pv__mutex_unlock(&q->lock);
         if (o == NULL) {
             return NULL;
         }
         (void)work(o, false);
         o->reply = (msg){.done = o};
         post(o->t, &o->reply);
+    }
+}
+
+static int queue_start(job_queue *q, const char *name) {
+    int rc = 0;
+    while (rc == 0 && q->running < q->size) {
+        rc = pthread_create(&q->threads[q->running], NULL, io_main, q);
+        if (rc == 0) {
+            (void)pthread_setname_np(q->threads[q->running], name);
+            q->running++;
+        }
+    }
+    return rc;
+}
+
+/* Ends the threads when they have done what is queued. */
+static void queue_end(job_queue *q) {
+    pv__mutex_lock(&q->lock);
+    q->end = true;
+    pv__cond_broadcast(&q->cond);
+    pv__mutex_unlock(&q->lock);
+    while (q->running > 0) {
+        pv__must(pthread_join(q->threads[--q->running], NULL));
     }
 }
 
@@ -1561,8 +1618,8 @@ int pv_lane_new(const pv_lane_opts *opts, pv_lane **result) {
     *result = NULL;
     size_t server_len = opts->server != NULL ? strlen(opts->server) : 0;
     if (opts->registry == NULL || opts->threads == 0 || opts->threads > THREADS_MAX || opts->io_threads == 0 ||
-        opts->io_threads > THREADS_MAX || opts->mailbox == 0 || opts->max_connections == 0 ||
-        server_len >= SERVER_MAX || opts->body_bytes > UINT32_MAX) {
+        opts->io_threads > THREADS_MAX || opts->sync_threads == 0 || opts->sync_threads > THREADS_MAX ||
+        opts->mailbox == 0 || opts->max_connections == 0 || server_len >= SERVER_MAX || opts->body_bytes > UINT32_MAX) {
         return PV_EINVAL;
     }
     pv_lane *l = pv__calloc(1, sizeof *l);
@@ -1584,16 +1641,15 @@ int pv_lane_new(const pv_lane_opts *opts, pv_lane **result) {
     atomic_init(&l->serve, opts->serve);
     l->mail_cap = opts->mailbox;
     int rc = 0;
-    if (pv__mutex_init(&l->life) < 0 || pv__cond_init(&l->life_cond) < 0 || pv__mutex_init(&l->jobs_lock) < 0 ||
-        pv__cond_init(&l->jobs_cond) < 0 || pv__mutex_init(&l->mail_lock) < 0 || pv__cond_init(&l->mail_cond) < 0) {
+    if (pv__mutex_init(&l->life) < 0 || pv__cond_init(&l->life_cond) < 0 || queue_init(&l->io, opts->io_threads) < 0 ||
+        queue_init(&l->sync, opts->sync_threads) < 0 || pv__mutex_init(&l->mail_lock) < 0 ||
+        pv__cond_init(&l->mail_cond) < 0) {
         pv__free(l);
         return PV_ENOMEM;
     }
     l->mail = pv__calloc(l->mail_cap, sizeof *l->mail);
     l->threads = pv__calloc(opts->threads, sizeof(lane_thread *));
-    l->io_threads = pv__calloc(opts->io_threads, sizeof *l->io_threads);
-    rc = l->mail == NULL || l->threads == NULL || l->io_threads == NULL ? PV_ENOMEM : 0;
-    l->io_count = opts->io_threads;
+    rc = l->mail == NULL || l->threads == NULL ? PV_ENOMEM : 0;
     for (uint32_t i = 0; rc == 0 && i < opts->threads; i++) {
         l->threads[i] = thread_new(l);
         rc = l->threads[i] == NULL ? PV_ENOMEM : 0;
@@ -1615,16 +1671,6 @@ int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) {
     return 0;
 }
 
-static void end_io(pv_lane *l) {
-    pv__mutex_lock(&l->jobs_lock);
-    l->jobs_end = true;
-    pv__cond_broadcast(&l->jobs_cond);
-    pv__mutex_unlock(&l->jobs_lock);
-    while (l->io_running > 0) {
-        pv__must(pthread_join(l->io_threads[--l->io_running], NULL));
-    }
-}
-
 static void wake_all(pv_lane *l) {
     for (uint32_t i = 0; i < l->thread_count; i++) {
         wake(l->threads[i]);
@@ -1637,13 +1683,8 @@ int pv_lane_start(pv_lane *l) {
     (void)sigfillset(&all);
     pv__must(pthread_sigmask(SIG_SETMASK, &all, &before)); /* signals are for Python's main thread */
     l->started = true;
-    for (uint32_t i = 0; rc == 0 && i < l->io_count; i++) {
-        rc = pthread_create(&l->io_threads[i], NULL, io_main, l);
-        if (rc == 0) {
-            (void)pthread_setname_np(l->io_threads[i], "lane-io");
-            l->io_running++;
-        }
-    }
+    rc = queue_start(&l->io, "lane-io");
+    rc = rc == 0 ? queue_start(&l->sync, "lane-sync") : rc;
     for (uint32_t i = 0; rc == 0 && i < l->thread_count; i++) {
         lane_thread *t = l->threads[i];
         rc = pthread_create(&t->id, NULL, lane_main, t);
@@ -1770,7 +1811,8 @@ int pv_lane_stop(pv_lane *l, uint32_t deadline_ms) {
                 pv__must(pthread_join(l->threads[i]->id, NULL));
             }
         }
-        end_io(l);
+        queue_end(&l->io);
+        queue_end(&l->sync);
     }
     return cut;
 }
@@ -1804,11 +1846,10 @@ void pv_lane_free(pv_lane *l) {
     }
     pv__must(pthread_mutex_destroy(&l->life));
     pv__must(pthread_cond_destroy(&l->life_cond));
-    pv__must(pthread_mutex_destroy(&l->jobs_lock));
-    pv__must(pthread_cond_destroy(&l->jobs_cond));
+    queue_destroy(&l->io);
+    queue_destroy(&l->sync);
     pv__must(pthread_mutex_destroy(&l->mail_lock));
     pv__must(pthread_cond_destroy(&l->mail_cond));
-    pv__free(l->io_threads);
     pv__free(l->threads);
     pv__free(l->mail);
     pv__free(l);

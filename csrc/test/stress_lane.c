@@ -100,9 +100,9 @@ static void *client_main(void *arg) {
         if (kind < 3) {
             len = 1 + t_rand_below(&c->seed, t_rand_below(&c->seed, 8) == 0 ? LEN_MAX : 300);
             at = (size_t)snprintf(text, 512,
-                                  "POST /3,%" PRIx64 "deadbeef HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\n"
+                                  "POST /3,%" PRIx64 "deadbeef%s HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\n"
                                   "Content-Length: %zu\r\n\r\n",
-                                  key, len);
+                                  key, t_rand_below(&c->seed, 4) == 0 ? "?fsync=true" : "", len);
             memset(text + at, (int)key, len);
         } else if (kind < 7) {
             at = (size_t)snprintf(text, 512, "GET /3,%" PRIx64 "deadbeef HTTP/1.1\r\nHost: h\r\n\r\n", key);
@@ -185,7 +185,7 @@ int main(void) {
     CHECK(mkdtemp(s.dir) != NULL);
     pv_vol *v = open_volume(&s, PV_VOL_CREATE);
     CHECK_EQ(pv_reg_new(&s.reg), 0);
-    CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE | PV_REG_NO_TTL), 0);
+    CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE), 0);
     CHECK_EQ(pv_mime_new(&s.mime), 0);
     CHECK_EQ(pv_mime_seal(s.mime), 0);
     pv_lane_opts lo = {.registry = s.reg,
@@ -197,6 +197,7 @@ int main(void) {
                        .idle_timeout_ms = 5000,
                        .threads = 3,
                        .io_threads = 2,
+                       .sync_threads = 2,
                        .max_connections = 100,
                        .mailbox = 64,
                        .serve = PV_LANE_READS | PV_LANE_WRITES};
@@ -236,7 +237,7 @@ int main(void) {
             CHECK_EQ(pv_vol_close(v, NULL), 0);
             pv_vol_unref(v);
             v = open_volume(&s, 0);
-            CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE | PV_REG_NO_TTL), 0);
+            CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE), 0);
         } else {
             pv_lane_stats stats;
             pv_lane_stat(s.lane, &stats);

@@ -172,6 +172,7 @@ static bench start(uint32_t flags, uint64_t body_bytes, uint32_t idle_ms) {
                        .idle_timeout_ms = idle_ms,
                        .threads = 2,
                        .io_threads = 2,
+                       .sync_threads = 2,
                        .max_connections = 100,
                        .mailbox = 16,
                        .serve = PV_LANE_READS | PV_LANE_WRITES};
@@ -252,7 +253,7 @@ static int ask(int fd, const char *text, char *body, size_t *n) {
 #define POST5 "POST " PATH " HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\nContent-Length: 5\r\n\r\nhello"
 
 static void test_round_trip(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 1 << 20, 0);
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
     int fd = dial(&b);
     char body[4096];
     size_t n;
@@ -271,7 +272,7 @@ static void test_round_trip(void) {
 
 /* All requests at once, and cut at every byte: the same answers in the same order. */
 static void test_pipeline_cut_anywhere(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 1 << 20, 0);
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
     const char text[] = POST5 REQUEST "\r\n" REQUEST "Range: bytes=4-\r\n\r\n" POST5 REQUEST "\r\n";
     static const int want[] = {201, 200, 206, 204, 200};
     size_t len = sizeof text - 1;
@@ -309,7 +310,7 @@ static void take_one(const bench *b, pv_lane_item *item, const char *want, size_
 /* A request that is not for the lane goes out with all its bytes, behind the answer of the one before; the connection may
  * come back. */
 static void test_hand_over_and_back(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 1 << 20, 0);
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
     static const struct {
         const char *text;
         uint32_t why;
@@ -373,7 +374,7 @@ static void test_who_may_be_written(void) {
 
 /* An answer larger than the socket's buffers, read slowly; a half-closed request; idle ones. */
 static void test_slow_half_closed_and_idle(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 8 << 20, 300);
+    bench b = start(PV_REG_SINGLE, 8 << 20, 300);
     size_t len = 1000000; /* of the size limit */
     char *data = malloc(len), *body = malloc(len);
     CHECK(data != NULL && body != NULL);
@@ -419,7 +420,7 @@ static void test_slow_half_closed_and_idle(void) {
 }
 
 static void test_stop(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 1 << 20, 0);
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
     int idle = dial(&b), half = dial(&b);
     char body[4096];
     size_t n;
@@ -441,7 +442,7 @@ static void test_stop(void) {
 }
 
 static void test_full_mailbox_and_limit(void) {
-    bench b = start(PV_REG_SINGLE | PV_REG_NO_TTL, 1 << 20, 0);
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
     int fds[17];
     char body[4096];
     size_t n;

@@ -870,12 +870,13 @@ class Registry:
         """The `pv_reg *`, for the lane. Borrowed: it lives as long as this object."""
         return self._r
 
-    def publish(self, vid: int, volume: Volume, *, single: bool = False, no_ttl: bool = False) -> None:
+    def publish(self, vid: int, volume: Volume, *, single: bool = False, ttl: tuple[int, int] = (0, 0)) -> None:
         """NativeError PV_EEXISTS if the vid is taken.
 
-        single: it has one copy; no_ttl: its needles do not expire with it. The lane writes where both is said only.
+        single: it has one copy, and the lane may write on its own. ttl: count and unit for needles that have none.
         """
-        flags = (_lib.PV_REG_SINGLE if single else 0) | (_lib.PV_REG_NO_TTL if no_ttl else 0)
+        flags = _lib.PV_REG_SINGLE if single else 0
+        flags |= ttl[0] << _lib.PV_REG_TTL_COUNT_SHIFT | ttl[1] << _lib.PV_REG_TTL_UNIT_SHIFT
         code = _lib.pv_reg_publish_as(self._r, vid, volume.handle, flags)
         if code < 0:
             raise _bare_error(code, vid)

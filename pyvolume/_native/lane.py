@@ -104,6 +104,7 @@ class Lane:
         idle_timeout_s: float,
         threads: int,
         io_threads: int,
+        sync_threads: int,
         max_connections: int,
         mailbox: int,
         fix_orientation: bool,
@@ -121,6 +122,7 @@ class Lane:
         opts.idle_timeout_ms = int(idle_timeout_s * 1000)
         opts.threads = threads
         opts.io_threads = io_threads
+        opts.sync_threads = sync_threads
         opts.max_connections = max_connections
         opts.mailbox = mailbox
         opts.serve = serve

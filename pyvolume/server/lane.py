@@ -34,6 +34,8 @@ MOST_THREADS = 64
 DEFAULT_THREADS = 4
 """Of a server that was not told how many: more gain nothing before the disk or the network is the limit."""
 IO_THREADS = 4
+SYNC_THREADS = 16
+"""As many writes of `fsync=true` may wait for one flush; more of them queue."""
 BODY_BYTES = 16 << 20
 """Largest body and largest needle that the lane holds; filers send chunks of 4 MiB, or 8."""
 BUDGET_BYTES = 256 << 20
@@ -60,6 +62,7 @@ class FastLane:
             idle_timeout_s=config.idle_timeout_s,
             threads=min(config.fast_lane_threads or min(DEFAULT_THREADS, os.cpu_count() or 1), MOST_THREADS),
             io_threads=IO_THREADS,
+            sync_threads=SYNC_THREADS,
             max_connections=default_connection_limit(raise_nofile_limit()),
             mailbox=MAILBOX,
             fix_orientation=config.fix_orientation,

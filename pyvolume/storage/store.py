@@ -365,7 +365,7 @@ class Store:
                         volume.vid,
                         served.handle,
                         single=served.replica_placement.copy_count == 1,
-                        no_ttl=not served.ttl,
+                        ttl=(served.ttl.count, served.ttl.unit),
                     )
                 except engine.NativeError as exc:
                     if exc.code != NativeCode.ECLOSED:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from pyvolume.config import ServerConfig
 from pyvolume.security_config import SecurityConfig
 from pyvolume.server.lane import watch_lane
 from pyvolume.server.metrics import ServerMetrics
+from pyvolume.types import Ttl
 
 OCTETS = ("Content-Type", "application/octet-stream")
 BINARY = bytes(range(256))
@@ -164,6 +166,8 @@ def _shapes(fid: str, other: str) -> list[tuple[str, str, tuple[tuple[str, str],
         ("GET", f"/{fid}", (("X-Whatever", "1"),), None),
         ("POST", f"/{other}?ts=5&ttl=3d", (multipart,), form),
         ("POST", f"/{other}?type=replicate", (multipart,), form),
+        ("POST", f"/{other}?fsync=true&ts=5", (multipart,), form),
+        ("PUT", f"/{other}?fsync=false&ts=5", (OCTETS,), b"not flushed"),
         ("GET", f"/{other}", (("Connection", "keep-alive"),), None),
         ("PUT", f"/{other}?ts=6", (("Content-Type", "text/plain"),), b"text " * 100),
         ("GET", f"/{other}", (), None),
@@ -186,7 +190,7 @@ def test_shapes_one_by_one(pair: tuple[Bench, Bench], volume: int) -> None:
     before = _answered(pair[0])
     for shape in _shapes(Bench.fid(volume), Bench.fid(volume)):
         _both(pair, lambda bench, shape=shape: exchange(bench, _request(bench, *shape)))  # type: ignore[misc]
-    if volume in (1, 4):
+    if volume in (1, 3, 4):
         assert _answered(pair[0]) > before + 10
 
 
@@ -317,6 +321,36 @@ def test_settings_decide_what_is_served(alone: Bench) -> None:
     assert alone.ask("GET", f"/{fid}").body == b"x"
     assert alone.lane is not None
     assert alone.lane._may_serve(SecurityConfig()) == Serve.READS | Serve.WRITES
+
+
+def test_flushed_writes_are_served_and_found(alone: Bench) -> None:
+    assert alone.lane is not None
+    fids = [alone.fid() for _ in range(40)]
+
+    def write(mine: list[str]) -> None:
+        client = alone.client()
+        for fid in mine:
+            assert client.ask("PUT", f"/{fid}?fsync=true", (OCTETS,), fid.encode()).status == 201
+            assert client.ask("PUT", f"/{fid}?fsync=true", (OCTETS,), fid.encode()).status == 204
+        client.close()
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(write, (fids[i::20] for i in range(20))))
+    assert alone.lane.stats().requests == {(False, "PUT", 201): 40, (False, "PUT", 204): 40}
+    assert alone.lane.stats().io_jobs == 80
+    assert [alone.ask("GET", f"/{fid}").body for fid in fids] == [fid.encode() for fid in fids]
+
+
+@pytest.mark.parametrize(("query", "stored"), [("", "3d"), ("?ttl=5m", "5m"), ("?ttl=nothing", "3d")])
+def test_a_needle_without_ttl_takes_the_volumes(alone: Bench, query: str, stored: str) -> None:
+    alone.allocate(3, ttl="3d")
+    fid = alone.fid(3)
+    assert alone.ask("PUT", f"/{fid}{query}", (OCTETS,), b"x").status == 201
+    assert alone.lane is not None and alone.lane.stats().requests == {(False, "PUT", 201): 1}
+    volume = alone.context.store.find_volume(3)
+    assert volume is not None
+    needle = volume.read_needle(int(fid.split(",")[1][:-8], 16))
+    assert str(Ttl(needle.ttl_count, needle.ttl_unit)) == stored
 
 
 def test_marks_and_unmounts_are_seen_at_once(alone: Bench) -> None:

@@ -28,6 +28,7 @@ def make(registry: engine.Registry, **changes: Any) -> lane.Lane:
         "idle_timeout_s": 30.0,
         "threads": 1,
         "io_threads": 1,
+        "sync_threads": 1,
         "max_connections": 10,
         "mailbox": 4,
         "fix_orientation": False,
@@ -66,18 +67,20 @@ def running() -> Iterator[tuple[lane.Lane, int]]:
 
 def test_number_of_threads() -> None:
     before = len(lane_threads())
-    one = make(engine.Registry(), threads=3, io_threads=2)
+    one = make(engine.Registry(), threads=3, io_threads=2, sync_threads=4)
     fd, _ = listener()
     one.listen(fd, public=False)
     one.start()
-    assert len(lane_threads()) == before + 5
+    assert len(lane_threads()) == before + 9
     assert one.stop(1.0) == 0
     assert len(lane_threads()) == before
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
 
 
-@pytest.mark.parametrize("changes", [{"threads": 0}, {"threads": 65}, {"io_threads": 0}, {"mailbox": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"threads": 0}, {"threads": 65}, {"io_threads": 0}, {"sync_threads": 0}, {"mailbox": 0}]
+)
 def test_options_out_of_range(changes: dict[str, int]) -> None:
     with pytest.raises(lane.LaneError, match="PV_EINVAL"):
         make(engine.Registry(), **changes)
