@@ -227,7 +227,8 @@ enum pv_vol_flag {
     PV_VOL_NO_MAP = 8,       /* the map lives outside (Python): write, delete and read take the entry from the caller */
     PV_VOL_NO_WRITE = 16,    /* start with writes refused */
     PV_VOL_NO_DELETE = 32,   /* start with deletes refused too */
-    PV_VOL_SORTED_MAP = 64   /* the map is a sorted file, opts.sdx_path: for volumes that take no writes */
+    PV_VOL_SORTED_MAP = 64,  /* the map is a sorted file, opts.sdx_path: for volumes that take no writes */
+    PV_VOL_REMOTE = 128 /* there is no .dat here: look-ups and deletes only, who reads fetches the bytes elsewhere */
 };
 
 typedef struct pv_vol_opts {
@@ -244,7 +245,8 @@ typedef struct pv_vol_opts {
     uint64_t max_volume_bytes;  /* 0: 32 GiB for width 4, 8 TiB for width 5 */
     uint64_t
         last_append_at_ns;    /* what pv_vol_check_tail found; 0: taken from the last index row's record, if readable */
-    pv_superblock superblock; /* with PV_VOL_CREATE */
+    pv_superblock superblock; /* with PV_VOL_CREATE and PV_VOL_REMOTE */
+    uint64_t remote_bytes;    /* with PV_VOL_REMOTE: length of the data */
 } pv_vol_opts;
 
 typedef struct pv_vol_stats {
@@ -276,6 +278,8 @@ typedef struct pv_vol_stats {
 /* Opens (or creates) a volume: opens both files, reads the super block, loads the map. Checks nothing else (callers use
  * pv_idx_summarize and pv_vol_check_tail first). A missing .idx is created unless PV_VOL_IDX_READONLY. With
  * PV_VOL_CREATE the names are made durable; on failure what was created stays for the caller to remove.
+ * With PV_VOL_REMOTE dat_path is a name only: reads answer PV_EINVAL, writes PV_EREADONLY, a delete adds a row with offset 0
+ * and no record, as upstream has it for volumes whose data lies in a remote tier.
  * Gives a handle with one reference; drop it with pv_vol_unref.
  * Errors: PV_ESYS (err->d: 0 = .dat, 1 = .idx), PV_EEOF (short super block), PV_EVERSION, PV_EALIGN (ragged .idx),
  * PV_ENOMEM, PV_EINVAL. */

@@ -397,7 +397,7 @@ int pv_compact_begin(pv_vol *v, const pv_compact_opts *o, pv_compact **out, pv_e
     err = err != NULL ? err : &own_err;
     pv__err_clear(err);
     *out = NULL;
-    if (o->cpd_path == NULL || o->cpx_path == NULL) {
+    if (o->cpd_path == NULL || o->cpx_path == NULL || (v->flags & PV_VOL_REMOTE)) {
         return pv__fail(err, PV_EINVAL, 0, 0, 0, 0);
     }
     int rc = pv_vol_sync(v, err);

@@ -67,6 +67,9 @@ static bool is_nowhere(uint64_t offset, int32_t size) {
 /* Duplicates the volume's data file and takes the lengths at a moment without an append. */
 static int snapshot(pv_scrub *s, const pv_scrub_opts *o, pv_errinfo *err) {
     pv_vol *v = o->vol;
+    if (v->flags & PV_VOL_REMOTE) {
+        return pv__fail(err, PV_EINVAL, v->vid, 0, 0, 0);
+    }
     gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return pv__fail(err, PV_ECLOSED, v->vid, 0, 0, 0);

@@ -144,13 +144,16 @@ void pv__gen_unref(pv_vol *v, gen *g) {
 /* ------------------------------------------------------------------ open */
 
 static int open_files(const pv_vol_opts *o, gen *g, pv_errinfo *err) {
-    int dat_flags = (o->flags & PV_VOL_DAT_READONLY) ? O_RDONLY : O_RDWR;
-    if (o->flags & PV_VOL_CREATE) {
-        dat_flags |= O_CREAT | O_TRUNC;
-    }
-    int rc = pv__io_open(o->dat_path, dat_flags, FILE_MODE, &g->dat_fd, err);
-    if (rc < 0) {
-        return rc;
+    int rc = 0;
+    if (!(o->flags & PV_VOL_REMOTE)) {
+        int dat_flags = (o->flags & PV_VOL_DAT_READONLY) ? O_RDONLY : O_RDWR;
+        if (o->flags & PV_VOL_CREATE) {
+            dat_flags |= O_CREAT | O_TRUNC;
+        }
+        rc = pv__io_open(o->dat_path, dat_flags, FILE_MODE, &g->dat_fd, err);
+        if (rc < 0) {
+            return rc;
+        }
     }
     int idx_flags = (o->flags & PV_VOL_IDX_READONLY) ? O_RDONLY : O_RDWR | O_CREAT;
     rc = pv__io_open(o->idx_path, idx_flags, FILE_MODE, &g->idx_fd, err);
@@ -218,23 +221,33 @@ static uint64_t last_row_time(pv_vol *v, gen *g, uint64_t idx_size) {
     return pv__io_pread_full(g->dat_fd, buf, sizeof buf, at, NULL) < 0 ? 0 : pv__get_be64(buf);
 }
 
-static int load(pv_vol *v, const pv_vol_opts *o, gen *g, pv_errinfo *err) {
+/* The super block and the length of the data. */
+static int load_data(const pv_vol_opts *o, gen *g, uint64_t *dat_size, pv_errinfo *err) {
+    if (o->flags & PV_VOL_REMOTE) {
+        g->sb = o->superblock;
+        *dat_size = o->remote_bytes;
+        return 0;
+    }
     uint8_t block[PV_SUPERBLOCK];
     int rc = pv__io_pread_full(g->dat_fd, block, sizeof block, 0, err);
     if (rc < 0) {
         return rc;
     }
     pv_superblock_parse(block, &g->sb);
+    return pv__io_size(g->dat_fd, dat_size, err);
+}
+
+static int load(pv_vol *v, const pv_vol_opts *o, gen *g, pv_errinfo *err) {
+    uint64_t dat_size;
+    uint64_t idx_size;
+    int rc = load_data(o, g, &dat_size, err);
+    if (rc < 0) {
+        return rc;
+    }
     if (!version_ok(g->sb.version)) {
         return pv__fail(err, PV_EVERSION, g->sb.version, 0, 0, 0);
     }
     v->version = o->version != 0 ? o->version : g->sb.version;
-    uint64_t dat_size;
-    uint64_t idx_size;
-    rc = pv__io_size(g->dat_fd, &dat_size, err);
-    if (rc < 0) {
-        return rc;
-    }
     rc = pv__io_size(g->idx_fd, &idx_size, err);
     if (rc < 0) {
         err->d = 1;
@@ -244,10 +257,13 @@ static int load(pv_vol *v, const pv_vol_opts *o, gen *g, pv_errinfo *err) {
         return pv__fail(err, PV_EALIGN, idx_size, 0, 0, 1);
     }
     uint64_t first = round_up(PV_SUPERBLOCK + (uint64_t)(g->sb.version == 1 ? 0 : g->sb.extra_size));
-    dat_size = round_up(dat_size);
-    pv__store_u64(&g->dat_end, dat_size > first ? dat_size : first);
+    if (!(o->flags & PV_VOL_REMOTE)) {
+        dat_size = round_up(dat_size);
+        dat_size = dat_size > first ? dat_size : first;
+    }
+    pv__store_u64(&g->dat_end, dat_size);
     pv__store_u64(&g->idx_end, idx_size);
-    uint64_t found_ns = last_row_time(v, g, idx_size);
+    uint64_t found_ns = (o->flags & PV_VOL_REMOTE) ? 0 : last_row_time(v, g, idx_size);
     pv__store_u64(&v->last_append_at_ns, found_ns > o->last_append_at_ns ? found_ns : o->last_append_at_ns);
     if (o->flags & PV_VOL_NO_MAP) {
         return 0;
@@ -307,6 +323,9 @@ static bool opts_ok(const pv_vol_opts *o) {
     if ((o->version != 0 && !version_ok(o->version)) || ((o->flags & PV_VOL_SORTED_MAP) && o->sdx_path == NULL)) {
         return false;
     }
+    if ((o->flags & PV_VOL_REMOTE) && (o->flags & (PV_VOL_CREATE | PV_VOL_NO_MAP | PV_VOL_DAT_READONLY))) {
+        return false;
+    }
     if (o->flags & PV_VOL_CREATE) {
         /* What stands in the extra area is not known here, so a new volume has none. */
         return (o->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY)) == 0 && o->superblock.extra_size == 0;
@@ -340,8 +359,8 @@ int pv_vol_open(const pv_vol_opts *opts, pv_vol **out, pv_errinfo *err) {
     v->has_ttl = opts->has_ttl != 0;
     v->max_bytes = opts->max_volume_bytes != 0 ? opts->max_volume_bytes : opts->offset_width == 4 ? PV__GIB32 : TIB8;
     bool files_ro = (opts->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY)) != 0;
-    atomic_init(&v->no_write, files_ro || (opts->flags & PV_VOL_SORTED_MAP) ||
-                                  (opts->flags & (PV_VOL_NO_WRITE | PV_VOL_NO_DELETE)) != 0);
+    atomic_init(&v->no_write, files_ro || (opts->flags & (PV_VOL_SORTED_MAP | PV_VOL_REMOTE | PV_VOL_NO_WRITE |
+                                                          PV_VOL_NO_DELETE)) != 0);
     atomic_init(&v->no_delete, files_ro || (opts->flags & PV_VOL_NO_DELETE) != 0);
     g->refs = 1;
     g->dat_fd = -1;
@@ -387,7 +406,7 @@ static int sync_for_close(const pv_vol *v, gen *g, pv_errinfo *err) {
             err->d = 1;
         }
     }
-    if (!(v->flags & PV_VOL_DAT_READONLY)) {
+    if (!(v->flags & (PV_VOL_DAT_READONLY | PV_VOL_REMOTE))) {
         pv_errinfo dat_err = {0};
         int dat_rc = pv__io_datasync(g->dat_fd, &dat_err);
         if (dat_rc < 0) { /* the worse of the two */
@@ -671,7 +690,9 @@ int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *entry, p
         return pv__fail(err, PV_ECLOSED, v->vid, 0, id, 0);
     }
     int rc = 0;
-    if (flags & PV_READ_ENTRY) {
+    if (v->flags & PV_VOL_REMOTE) {
+        rc = pv__fail(err, PV_EINVAL, flags, 0, id, 0);
+    } else if (flags & PV_READ_ENTRY) {
         out->entry = *entry;
         if (entry->revision != g->sb.compaction_revision) {
             rc = pv__fail(err, PV_ESTALE, entry->revision, g->sb.compaction_revision, id, 0);
@@ -713,7 +734,9 @@ int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t 
         return pv__fail(err, PV_ECLOSED, v->vid, 0, 0, 0);
     }
     int rc;
-    if (revision != g->sb.compaction_revision) {
+    if (v->flags & PV_VOL_REMOTE) {
+        rc = pv__fail(err, PV_EINVAL, offset, len, 0, 0);
+    } else if (revision != g->sb.compaction_revision) {
         rc = pv__fail(err, PV_ESTALE, revision, g->sb.compaction_revision, 0, 0);
     } else {
         rc = pv__io_pread_full(g->dat_fd, buf, len, offset, err);
@@ -1118,6 +1141,32 @@ static int change_append(pv_vol *v, change *c, const struct iovec *iov, int iov_
     return rc;
 }
 
+/* A delete in a remote tier: a row without a record, if the key is live, and a flush of the index if one is wanted. */
+static int change_row_only(pv_vol *v, change *c, bool live, pv_errinfo *err) {
+    gen *g = c->g;
+    uint64_t idx_end = pv__load_u64(&g->idx_end);
+    int rc = 0;
+    if (live) {
+        c->p.row.offset = 0;
+        c->p.row.size = -1;
+        rc = append_row(v, g, &c->p.row, 0, err);
+        if (rc == 0) {
+            rc = map_apply(v, g, &c->p, err);
+            if (rc < 0) {
+                pv__store_u64(&g->idx_end, idx_end);
+                roll_back(v, g->idx_fd, idx_end, err);
+            }
+        }
+    }
+    if (rc == 0 && c->fsync) {
+        rc = pv__io_datasync(g->idx_fd, err);
+        if (rc < 0) {
+            err->d |= AT_FLUSH | AT_INDEX;
+        }
+    }
+    return rc;
+}
+
 /* Nothing to append, but a flushed write promises that what is there is on disk. */
 static int change_nothing(pv_vol *v, change *c, pv_errinfo *err) {
     return c->fsync ? wait_for_flush(v, c->g, &c->p, err) : 0;
@@ -1312,6 +1361,14 @@ int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, ui
     }
     /* A failed flush may have lost the tombstone of a key that was deleted before: a flushed delete needs another. */
     bool live = c.p.has_prior && c.p.prior.size >= 0;
+    if (v->flags & PV_VOL_REMOTE) {
+        out->cookie = cookie;
+        out->checksum = checksum;
+        rc = change_row_only(v, &c, live, err);
+        *deleted_size = rc == 0 && live ? c.p.prior.size : -1;
+        change_end(v);
+        return rc;
+    }
     if (!live && !(c.p.has_prior && c.fsync && v->flush_failed)) {
         rc = change_nothing(v, &c, err);
         change_end(v);
@@ -1445,10 +1502,10 @@ int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
     bool may_append = no_write == 0 || no_delete == 0;
     pv__mutex_lock(&v->append_lock);
     if ((may_append && (v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) ||
-        (no_write == 0 && (v->flags & PV_VOL_SORTED_MAP))) {
+        (no_write == 0 && (v->flags & (PV_VOL_SORTED_MAP | PV_VOL_REMOTE)))) {
         rc = PV_EREADONLY;
     } else if (may_append && v->torn) {
-        if (cut_back(v->gen->dat_fd, pv__load_u64(&v->gen->dat_end)) < 0 ||
+        if ((!(v->flags & PV_VOL_REMOTE) && cut_back(v->gen->dat_fd, pv__load_u64(&v->gen->dat_end)) < 0) ||
             cut_back(v->gen->idx_fd, pv__load_u64(&v->gen->idx_end)) < 0) {
             rc = PV_ESYS;
         } else {
@@ -1476,7 +1533,10 @@ int pv_vol_sync(pv_vol *v, pv_errinfo *err) {
         return pv__fail(err, rc, v->vid, 0, 0, 0);
     }
     pv__mutex_lock(&v->append_lock);
-    if (!(v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) {
+    if (v->flags & PV_VOL_REMOTE) {
+        rc = (v->flags & PV_VOL_IDX_READONLY) ? 0 : pv__io_datasync(v->gen->idx_fd, err);
+        err->d = rc < 0;
+    } else if (!(v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) {
         while (v->flushing || v->swapping) {
             pv__cond_wait(&v->flush_cond, &v->append_lock);
         }

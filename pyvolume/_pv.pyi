@@ -181,6 +181,7 @@ class Lib:
     PV_VOL_NO_DELETE: Final[int]
     PV_VOL_NO_MAP: Final[int]
     PV_VOL_NO_WRITE: Final[int]
+    PV_VOL_REMOTE: Final[int]
     PV_VOL_SORTED_MAP: Final[int]
     PV_WRITE_CHECK_COOKIE: Final[int]
     PV_WRITE_ENTRY: Final[int]

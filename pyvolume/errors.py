@@ -25,6 +25,7 @@ __all__ = [
     "NoFreeLocation",
     "NoSpace",
     "PyvolumeError",
+    "RemoteError",
     "SizeMismatch",
     "StateVersionMismatch",
     "StorageError",
@@ -142,6 +143,18 @@ class DiskError(StorageError):
 
 class NoSpace(DiskError):
     """The disk (or quota) is full. The append was rolled back; the volume is writable again once room returns."""
+
+
+class RemoteError(StorageError):
+    """A remote store refused, failed, or did not answer in time. The data may be there all the same: nothing is marked.
+
+    `is_transient`: asking again may help. `in_body`: it broke off after the answer had begun.
+    """
+
+    def __init__(self, text: str, *, is_transient: bool = False, in_body: bool = False) -> None:
+        super().__init__(text)
+        self.is_transient = is_transient
+        self.in_body = in_body
 
 
 class NoFreeLocation(StorageError):

@@ -37,6 +37,7 @@ FLAG_PAIRS: Final = 0x20
 FLAG_MANIFEST: Final = 0x80
 
 META_ONLY_ABOVE_BYTES: Final = 1 << 20  # larger needles may be read without their data
+NEEDLE_HEAD_BYTES: Final = 20  # cookie, id, Size, size of the data
 SUPER_BLOCK_BYTES: Final = 8
 
 _NAME_MAX: Final = 255
@@ -59,6 +60,7 @@ _NULL: Final = _ffi.NULL
 
 # Structs that come in arrays are taken apart in bulk; the layouts are checked below.
 _ROW: Final = struct.Struct("=QQi4x")
+_HEAD: Final = struct.Struct(">IQiI")
 _SCAN: Final = struct.Struct("=QQQQqIiIIiBBBx")
 
 
@@ -232,6 +234,41 @@ def parse_needle(
         memoryview(buf).cast("B")[begin : begin + n.data_size],
         data_offset=offset + begin,
         empty=n.size == 0,
+    )
+
+
+def parse_needle_meta(head: Buffer, tail: Buffer, version: int, offset: int = 0) -> Needle:
+    """A needle without its data (`meta_only`), of the first 20 bytes of its record and of what follows the data.
+
+    `checksum` is the stored word. Raises NativeError: PV_ECORRUPT, PV_EVERSION, PV_EEOF; ValueError for a short head.
+    """
+    first, rest = _from_buffer(_T_BYTES, head), _from_buffer(_T_BYTES, tail)
+    if len(first) < NEEDLE_HEAD_BYTES:
+        raise ValueError(f"the head of a record has {NEEDLE_HEAD_BYTES} bytes, not {len(first)}")
+    n, err = _new(_T_NEEDLE), _new(_T_ERR)
+    cookie, key, size, data_size = _HEAD.unpack_from(head)
+    n.cookie, n.id, n.size, n.data_size = cookie, key, size, data_size
+    code = _lib.pv_needle_parse_tail(rest, len(rest), version, n, err)
+    if code < 0:
+        raise _error(code, err)
+    return Needle(
+        key,
+        cookie,
+        size,
+        data_size,
+        n.checksum,
+        n.flags,
+        n.ttl_count,
+        n.ttl_unit,
+        n.last_modified_s,
+        n.append_at_ns,
+        n.version,
+        _field(n.name, n.name_size),
+        _field(n.mime, n.mime_size),
+        _field(n.pairs, n.pairs_size),
+        None,
+        data_offset=offset + NEEDLE_HEAD_BYTES,
+        meta_only=True,
     )
 
 
@@ -518,6 +555,7 @@ class OpenFlag(enum.IntFlag):
     NO_WRITE = 16  # start with writes refused
     NO_DELETE = 32  # start with deletes refused, too
     SORTED_MAP = 64  # the map is the sorted file given: for volumes that take no writes
+    REMOTE = 128  # there is no .dat here: look-ups and deletes only
 
 
 class Entry(NamedTuple):
@@ -611,8 +649,11 @@ class Volume:
         max_volume_bytes: int = 0,
         last_append_at_ns: int = 0,
         sdx_path: str | os.PathLike[str] | None = None,
+        remote_bytes: int = 0,
     ) -> Self:
         """Opens or creates (OpenFlag.CREATE with `superblock`) both files and loads the map.
+
+        With OpenFlag.REMOTE only the index is opened; `superblock` and `remote_bytes` say what the data is.
 
         `version` 0: the super block's. NativeError: PV_ESYS (info.d: 0 .dat, 1 .idx, 2 sdx_path), PV_EEOF (no whole
         super block), PV_EVERSION, PV_EALIGN (ragged .idx), PV_ENOMEM, PV_EINVAL.
@@ -628,6 +669,7 @@ class Volume:
         opts.preallocate_bytes = preallocate_bytes
         opts.max_volume_bytes = max_volume_bytes
         opts.last_append_at_ns = last_append_at_ns
+        opts.remote_bytes = remote_bytes
         if superblock is not None:
             opts.superblock = superblock if isinstance(superblock, tuple) else superblock_parse(superblock)
         sdx_c = None

@@ -172,7 +172,7 @@ class Process:
         master = MasterClient(config, channels=channels)
         self._open_start_page(config, tls)
         answer = self._ask_master(master)
-        store = self._load_store(config, metrics)
+        store = self._load_store(config, metrics, answer)
         awaiting = answer is None and bool(master.seeds)
         metrics.watch_store(store)
         context = ServerContext(
@@ -314,10 +314,8 @@ class Process:
         """Takes over what a master told; once, at the start or whenever the first one answers."""
         if self.context is not None:
             self.context.awaiting_master = False
-        for backend in answer.storage_backends:
-            _log.warning(
-                "storage backend %s.%s of the master is not used: tiering comes later", backend.type, backend.id
-            )
+            if answer.storage_backends:
+                self.context.store.add_backends(_backends_of(answer))
         if answer.metrics_address and answer.metrics_interval_s > 0:
             self._start_pushing(answer.metrics_address, answer.metrics_interval_s)
 
@@ -330,7 +328,7 @@ class Process:
         pusher = Pusher(self._metrics.registry, address, interval_s, join_host_port(config.ip, config.port))
         threading.Thread(target=pusher.run, args=(self._quit,), name="metrics-push", daemon=True).start()
 
-    def _load_store(self, config: ServerConfig, metrics: ServerMetrics) -> Store:
+    def _load_store(self, config: ServerConfig, metrics: ServerMetrics, answer: MasterConfiguration | None) -> Store:
         from pyvolume.storage.store import Store
 
         listeners: list[Callable[[int, int], None]] = [metrics.load_progress, Progress()]
@@ -345,6 +343,8 @@ class Process:
         try:
             store = Store(config)
             store.watch_disks(self._disk_probe)
+            if answer is not None:
+                store.add_backends(_backends_of(answer))
             started = time.monotonic()
             store.load(progress)
         except DirectoryInUse as exc:
@@ -525,6 +525,10 @@ class Progress:
                 return
             self._next = now + PROGRESS_INTERVAL_S
         _log.info("loading volumes: %d of %d", done, total)
+
+
+def _backends_of(answer: MasterConfiguration) -> list[tuple[str, str, dict[str, str]]]:
+    return [(backend.type, backend.id, backend.properties) for backend in answer.storage_backends]
 
 
 def _guarded(what: str, work: Callable[[], Any]) -> None:

@@ -78,6 +78,8 @@ def compact(
     Reads and writes go on. go_on gets the offset of the source file reached after each step, and may end the copy
     (CompactionInterrupted). Raises StorageError with upstream's texts, NoSpace, DiskError; the volume is as before.
     """
+    if volume.is_remote:
+        raise StorageError(f"volume {volume.vid} backend is empty remote:true")
     if not volume.try_claim("vacuum"):
         log.info("volume %d is already compacting", volume.vid)
         return None

@@ -52,6 +52,8 @@ WRITE_BACK_BYTES: Final = 32 << 20
 """So often the system is told to begin writing what was received, so that the flush at the end is short."""
 STAGED: Final = ".copying"
 RECEIVING: Final = ".receiving"
+FETCHING: Final = ".fetching"
+"""Of a .dat that comes back from a remote store (tier.move)."""
 MARKER: Final = ".copied"
 VOLUME_PARTS: Final = (".dat", ".idx", ".vif")
 """In the order of the renames: with less than the first two no server takes the name for a volume."""
@@ -628,7 +630,7 @@ def recover(directory: str, idx_directory: str) -> None:
         base, part = os.path.splitext(stem)
         if name.endswith(MARKER + ".tmp"):
             _remove(f"{directory}/{name}")
-        if extension not in (STAGED, RECEIVING) or not _EXTENSION.fullmatch(part):
+        if extension not in (STAGED, RECEIVING, FETCHING) or not _EXTENSION.fullmatch(part):
             continue
         log.info("removing %s/%s of an interrupted copy", directory, name)
         _remove(f"{directory}/{name}")

@@ -391,6 +391,14 @@ class DiskLocation:
         for place in dict.fromkeys((self.directory, self.idx_directory)):
             remove_volume_files(f"{place}/{name}", keep_vif)
 
+    def tiered_not_held(self) -> list[int]:
+        """Ids of volumes in a remote store that are not held: its settings may have been missing. Blocks on disk."""
+        found = []
+        for vid, entries in self._entries_by_id():
+            if vid is not None and self.find(vid) is None:
+                found += [vid for entry in entries if self._is_remote(os.path.splitext(entry)[0])]
+        return found
+
     def _is_remote(self, name: str) -> bool:
         return any(
             vif.load(f"{place}/{name}.vif").has_remote_file

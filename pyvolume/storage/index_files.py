@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Final
+from typing import Final, Protocol
 
 from pyvolume._native import engine
 from pyvolume._native.outside import LiveIndex
@@ -449,23 +449,43 @@ def recover_head(dat_fd: int, idx_path: str, *, width: int, block: SuperBlock, o
     `overwritten` is the number of rows at the head with offset 0 and size -1. The first that many records of .dat are
     those the rows were for. The index is rewritten whole, by rename. Failpoints: index.write, index.rename.
     """
-    lost: dict[int, tuple[int, int]] = {}
-    offset, left = block.block_bytes, overwritten
+    return restore_head(_first_records(dat_fd, block, overwritten), idx_path, width=width)
+
+
+def _first_records(dat_fd: int, block: SuperBlock, count: int) -> Iterator[engine.ScanRec]:
+    offset, left = block.block_bytes, count
     while left > 0:
         try:
             records, offset = engine.dat_scan(dat_fd, block.version, offset, 0, False, min(left, _BATCH))
         except engine.NativeError as exc:
             if exc.code in _END_OF_RECORDS:
-                break
+                return
             raise
         if not records:
-            break
-        for record in records:
-            if record.size > 0:
-                lost[record.id] = (record.offset, record.size)
-            else:
-                lost.pop(record.id, None)
+            return
+        yield from records
         left -= len(records)
+
+
+class RecordPlace(Protocol):
+    """What restore_head needs of a record."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+def restore_head(records: Iterable[RecordPlace], idx_path: str, *, width: int) -> int:
+    """As recover_head, of the first records of the data, in their order. Failpoints: index.write, index.rename."""
+    lost: dict[int, tuple[int, int]] = {}
+    for record in records:
+        if record.size > 0:
+            lost[record.id] = (record.offset, record.size)
+        else:
+            lost.pop(record.id, None)
     with files.opened(idx_path) as idx_fd:
         for row in rows_of(idx_fd, width):
             lost.pop(row.key, None)

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
@@ -44,6 +44,8 @@ from pyvolume.storage.ec import encode
 from pyvolume.storage.ec.members import EcMembers
 from pyvolume.storage.ec.volume import EcShardsInfo
 from pyvolume.storage.state import StateFile
+from pyvolume.storage.tier import move
+from pyvolume.storage.tier.backends import Backend, Backends, Watcher
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
 from pyvolume.storage.volume_load import LoadOptions, create_volume, load_volume
 from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part, volume_base_name
@@ -148,12 +150,17 @@ class Store:
         self._registry_lock = WatchedLock("the registry of volumes")
         self._listeners: list[ChangeListener] = []
         self._max_file_key = 0
+        self._loaded = False
         self.copy_room = copy.CopyRoom()
+        self.backends = Backends()
+        self._objects = ThreadPoolExecutor(1, thread_name_prefix="tier-delete")
+        """Removes the objects of expired volumes, for which nobody waits."""
         self.options = LoadOptions(
             offset_width=config.offset_bytes,
             repair=config.repair_on_load,
             index_kind=config.index_kind,
             index_timeout_h=config.index_leveldb_timeout_h,
+            backends=self.backends,
         )
         self.locations = [
             DiskLocation(directory, disk_id, self.options, self._lock) for disk_id, directory in enumerate(config.dirs)
@@ -176,6 +183,7 @@ class Store:
             self.check_free_space()
             counter = _Progress(progress) if progress is not None else None
             self._load_locations(at_startup=True, progress=counter)
+            self._loaded = True
             for location in self.locations:  # upstream's timeout goes for volumes found at start, and new ones
                 location.options = replace(location.options, index_timeout_h=0)
             self.ec.load(at_startup=True)
@@ -275,6 +283,7 @@ class Store:
                 for future in [pool.submit(self._drop, volume) for volume in volumes]:
                     future.result()
         self.ec.close()
+        self._objects.shutdown(wait=False, cancel_futures=True)
         for location in self.locations:
             location.release()
 
@@ -543,18 +552,31 @@ class Store:
     def delete_volume(self, vid: int, only_empty: bool = False, keep_remote: bool = False) -> None:
         """Removes every copy of a volume with its files.
 
-        keep_remote concerns tiered volumes: their object is not to be touched. Raises VolumeNotFound `delete volume %d
-        not found on disk`, VolumeNotEmpty (at once: copies before that one are gone), VolumeBusy. Blocks on disk.
+        keep_remote concerns tiered volumes: their object is not to be touched. Else it is removed, too, after the
+        files; a failure of that is logged only. Raises VolumeNotFound `delete volume %d not found on disk`,
+        VolumeNotEmpty (at once: copies before that one are gone), VolumeBusy. Blocks on disk, and on the network
+        without a lock.
         """
+        objects: list[tuple[Backend | None, str]] = []
+        try:
+            self._delete_volume(vid, only_empty, objects)
+        finally:
+            if not keep_remote:
+                for backend, key in objects:
+                    move.delete_object(vid, backend, key)
+
+    def _delete_volume(self, vid: int, only_empty: bool, objects: list[tuple[Backend | None, str]]) -> None:
+        """Notes in `objects` where the data of tiered volumes that are gone is."""
         with self._ids.hold(vid):
             copies = self.copies(vid)
             if not copies:
                 raise VolumeNotFound(f"delete volume {vid} not found on disk")
             failures: list[StorageError] = []
             for volume in copies:
-                info = volume.short_info()
+                info, held = volume.short_info(), self._object_of(volume)
                 try:
                     self._destroy(volume, only_empty)
+                    objects += held
                 except VolumeNotEmpty as exc:
                     raise VolumeNotEmpty(f"DeleteVolume {vid}: {exc}") from None
                 except StorageError as exc:
@@ -567,8 +589,15 @@ class Store:
                 text = "\n".join(str(exc) for exc in failures)
                 raise type(failures[0])(f"DeleteVolume {vid} failed on some disks: {text}")
 
+    def _object_of(self, volume: Volume) -> list[tuple[Backend | None, str]]:
+        """Where the data of a tiered volume is; nothing for a local one."""
+        if not volume.is_remote:
+            return []
+        name, key = volume.remote_storage
+        return [(self.backends.find(name), key)]
+
     def _destroy(self, volume: Volume, only_empty: bool = False) -> None:
-        """Needs the id's lock."""
+        """Needs the id's lock. The object of a tiered volume is the caller's business."""
         volume.destroy(only_empty, leave=lambda: self._leave(volume))
 
     def delete_collection(self, collection: str) -> None:
@@ -576,6 +605,14 @@ class Store:
 
         Raises StorageError with all failures of one location, each followed by `; `; further locations are not touched.
         """
+        objects: list[tuple[int, Backend | None, str]] = []
+        try:
+            self._delete_collection(collection, objects)
+        finally:
+            for vid, backend, key in objects:
+                move.delete_object(vid, backend, key)
+
+    def _delete_collection(self, collection: str, objects: list[tuple[int, Backend | None, str]]) -> None:
         for location in self.locations:
             failures = ""
             for volume in location.volumes():
@@ -584,9 +621,10 @@ class Store:
                 with self._ids.hold(volume.vid):
                     if location.find(volume.vid) is not volume:
                         continue
-                    info = volume.short_info()
+                    info, held = volume.short_info(), self._object_of(volume)
                     try:
                         self._destroy(volume)
+                        objects += [(volume.vid, *found) for found in held]
                     except StorageError as exc:
                         failures += f"{exc}; "
                         continue
@@ -637,6 +675,40 @@ class Store:
                 reason = os_error_text("rename", f"{volume.idx_path} {path}", errno.EEXIST)
                 raise StorageError(f"relocate index for volume {vid}: move .idx: {reason}")
             volume.relocate_index(target)
+
+    # ------------------------------------------------------------------------------------------------------ remote tier
+
+    def add_backends(self, listed: Iterable[tuple[str, str, Mapping[str, str]]]) -> None:
+        """Makes remote stores known, each (type, id, properties), and mounts the volumes that only waited for them.
+
+        A store that is known stays as it is. Before `load` it only notes them. Blocks on disk and network.
+        """
+        if not self.backends.add_all(listed) or not self._loaded:
+            return
+        for location in self.locations:
+            for vid in location.tiered_not_held():
+                if self.has_volume(vid):
+                    continue
+                try:
+                    self.mount_volume(vid)
+                except StorageError as exc:
+                    log.warning("volume %d is not mounted, though its store may be known now: %s", vid, exc)
+
+    def move_to_remote(self, vid: int, collection: str, destination: str, keep_local: bool, watcher: Watcher) -> None:
+        """As tier.move.to_remote. Also raises VolumeNotFound, and StorageError for another collection."""
+        volume = self._tierable(vid, collection)
+        move.to_remote(volume, self.backends, destination, keep_local=keep_local, watcher=watcher)
+
+    def move_from_remote(self, vid: int, collection: str, keep_remote: bool, watcher: Watcher) -> None:
+        """As tier.move.from_remote. Also raises VolumeNotFound, and StorageError for another collection."""
+        volume = self._tierable(vid, collection)
+        move.from_remote(volume, self.backends, keep_remote=keep_remote, watcher=watcher)
+
+    def _tierable(self, vid: int, collection: str) -> Volume:
+        volume = self._marked(vid)
+        if volume.collection != collection:
+            raise StorageError(f"existing collection:{volume.collection} unexpected input: {collection}")
+        return volume
 
     # --------------------------------------------------------------------------------------------------- erasure coding
 
@@ -817,11 +889,15 @@ class Store:
         with self._ids.attempt(volume.vid) as got:
             if not got or location.find(volume.vid) is not volume:
                 return  # somebody else is at it; the next heartbeat looks again
+            held = self._object_of(volume)
             try:
                 self._destroy(volume)
             except StorageError as exc:
                 log.warning("delete volume %d: %s", volume.vid, exc)
                 return
+            for backend, key in held:
+                with contextlib.suppress(RuntimeError):  # the store is being closed
+                    self._objects.submit(move.delete_object, volume.vid, backend, key)
         log.info("volume %d is deleted", volume.vid)
 
     def max_file_key(self) -> int:

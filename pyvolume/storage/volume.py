@@ -1,7 +1,7 @@
 """One mounted volume: its files, its state, and the operations on its needles.
 
-May import _native, the leaves, and the formats of storage (superblock, vif, files, needle_map); not volume_load,
-disk_location, store.
+May import _native, the leaves, and the formats of storage (superblock, vif, files, needle_map, tier.handle); not
+volume_load, disk_location, store.
 
 The engine's handle owns descriptors, map, append offset and the order of appends; this class owns the handle's life
 and every policy decision. Needle operations take no Python lock. `_state_lock` guards the read-only flags, the .vif
@@ -29,6 +29,7 @@ from pyvolume.errors import (
     DiskError,
     NativeCode,
     NeedleNotFound,
+    RemoteError,
     StorageError,
     VolumeBusy,
     VolumeFull,
@@ -47,6 +48,7 @@ from pyvolume.storage import ec_files, files, vif
 from pyvolume.storage.mapped_volume import MappedVolume
 from pyvolume.storage.needle_map import RocksMaps, rocks_path_of
 from pyvolume.storage.superblock import SUPER_BLOCK_SIZE, SuperBlock
+from pyvolume.storage.tier.handle import RemoteData, TieredVolume
 from pyvolume.types import ReplicaPlacement, Ttl, format_key_cookie, volume_base_name
 
 if TYPE_CHECKING:
@@ -157,6 +159,8 @@ class HandleOptions:
     maps: RocksMaps | None = None
     """Where the map of a volume that may be written to lives; None: in the engine's memory."""
     map_timeout_h: int = 0
+    remote: RemoteData | None = None
+    """Where the data is, if it is not here."""
 
     @property
     def any_readonly(self) -> bool:
@@ -165,7 +169,7 @@ class HandleOptions:
     @property
     def may_write(self) -> bool:
         """Whether this handle could ever take a write."""
-        return not (self.any_readonly or self.sorted_map)
+        return not (self.any_readonly or self.sorted_map or self.remote is not None)
 
     def for_writing(self) -> HandleOptions:
         """The options of a handle on the same volume that may write."""
@@ -237,6 +241,8 @@ class Volume:
         self._busy = _Busy()
         self._dat_mtime_s = dat_mtime_s
         self._last_modified_floor_s = dat_mtime_s
+        self._is_moving = False
+        self._can_delete_before_tier: bool | None = None
         self._quarantined = False
         self._eio_forgiven = 0
         self._seen_on_disk_s = float("-inf")
@@ -344,7 +350,7 @@ class Volume:
     @property
     def is_remote(self) -> bool:
         """Whether the data lives in a remote tier."""
-        return bool(self.info.files)
+        return isinstance(self._handle, TieredVolume)
 
     @property
     def remote_storage(self) -> tuple[str, str]:
@@ -367,7 +373,8 @@ class Volume:
 
     @property
     def no_write_or_delete(self) -> bool:
-        return self._no_write_or_delete
+        """Marked so, or on its way to a remote store."""
+        return self._no_write_or_delete or self._is_moving
 
     @property
     def no_write_can_delete(self) -> bool:
@@ -377,7 +384,7 @@ class Volume:
     def read_only_reasons(self) -> ReadOnlyReasons:
         location = self.location
         return ReadOnlyReasons(
-            self._no_write_or_delete, self._no_write_can_delete, location is not None and location.is_low
+            self.no_write_or_delete, self._no_write_can_delete, location is not None and location.is_low
         )
 
     @property
@@ -455,7 +462,7 @@ class Volume:
 
     def _reopen_for_writing(self) -> None:
         """Needs the state lock. Exchanges a handle whose files were opened read-only for one that may write."""
-        if self._options.may_write:
+        if self._options.may_write or self.is_remote:
             return
         dat = files.check_file(self.dat_path)
         if dat.exists and not dat.can_write:
@@ -498,6 +505,11 @@ class Volume:
         except BaseException:
             self._apply_read_only()
             raise
+        self._take_over(new, options, idx_directory)
+
+    def _take_over(self, new: engine.Volume, options: HandleOptions, idx_directory: str) -> None:
+        """Needs the state lock. Serves from a new handle from now on and closes the old one."""
+        old = self._handle
         figures = old.stat()  # what the new handle cannot know
         self._dat_mtime_s = self._modified_at_s(figures)
         self._last_modified_floor_s = max(self._last_modified_floor_s, figures.last_modified_s)
@@ -512,6 +524,94 @@ class Volume:
             old.close()
         except engine.NativeError as exc:
             log.warning("volume %d: closing the former handle of %s: %s", self.vid, self.dat_path, exc)
+
+    # ------------------------------------------------------------------------------------------------- remote tier
+
+    def hold_changes(self) -> None:
+        """Refuses writes and deletes until release_changes, waiting for those under way: the data is being uploaded."""
+        with self._state_lock:
+            self._is_moving = True
+            self._apply_read_only()
+
+    def release_changes(self) -> None:
+        """What was allowed before hold_changes is so again."""
+        with self._state_lock:
+            self._is_moving = False
+            if self._state == "open":
+                self._apply_read_only()
+
+    def switch_to_remote(self, remote: RemoteData, file: vif.RemoteFile) -> None:
+        """Names the object in the .vif, durably, then reads from it. From now on at most deletes are allowed.
+
+        Under hold_changes. Raises StorageError `volume %d failed to save remote file info: …`, `… failed to load remote
+        file: …`; then everything is as before. Failpoints: tier.save, those of vif.save, tier.swap.
+        """
+        with self._state_lock:
+            self.info.files.append(file)
+            try:
+                fault("tier.save")
+                self._save_info()
+            except (OSError, StorageError) as exc:
+                self.info.files.remove(file)
+                with contextlib.suppress(StorageError):
+                    self._save_info()  # the new text may be in place, only its flush failed
+                raise StorageError(f"volume {self.vid} failed to save remote file info: {exc}") from exc
+            try:
+                fault("tier.swap")
+                self._refuse_all(self._handle)
+                options, handle = self._open_remote(remote)
+            except (OSError, StorageError) as exc:
+                self.info.files.remove(file)
+                with contextlib.suppress(StorageError):
+                    self._save_info()
+                raise StorageError(f"volume {self.vid} failed to load remote file: {exc}") from exc
+            self._can_delete_before_tier = self._no_write_can_delete
+            self._no_write_can_delete = True
+            self._take_over(handle, options, self.idx_directory)
+
+    def _open_remote(self, remote: RemoteData) -> tuple[HandleOptions, engine.Volume]:
+        """Needs the state lock."""
+        old = self._options
+        options = HandleOptions(sorted_map=True, maps=old.maps, map_timeout_h=old.map_timeout_h, remote=remote)
+        options.idx_readonly = old.idx_readonly
+        handle = open_remote_handle(
+            self.dat_path, self.idx_path, vid=self.vid, options=options, offset_width=self.offset_width, ttl=self.ttl
+        )
+        return options, handle
+
+    def switch_to_local(self) -> vif.RemoteFile:
+        """Takes the object out of the .vif, durably, then reads from the .dat, which is there; gives what it took out.
+
+        Writes are allowed again if the volume was tiered since it was loaded and they were before; else not before the
+        next load, as upstream. Raises StorageError `volume %d failed to save remote file info: …`, `… failed to open
+        local dat file %s: …`; then everything is as before. Failpoints: tier.unsave, those of vif.save, tier.unswap.
+        """
+        with self._state_lock:
+            file = self.info.files.pop(0)
+            try:
+                fault("tier.unsave")
+                self._save_info()
+            except (OSError, StorageError) as exc:
+                self.info.files.insert(0, file)
+                with contextlib.suppress(StorageError):
+                    self._save_info()
+                raise StorageError(f"volume {self.vid} failed to save remote file info: {exc}") from exc
+            can_delete = self._no_write_can_delete
+            options = self._options.for_writing()
+            options.idx_readonly = self._options.idx_readonly
+            try:
+                fault("tier.unswap")
+                if self._can_delete_before_tier is not None:
+                    self._no_write_can_delete = self._can_delete_before_tier
+                self._exchange_handle(options, self.idx_directory)
+            except (OSError, StorageError) as exc:
+                self._no_write_can_delete = can_delete
+                self.info.files.insert(0, file)
+                with contextlib.suppress(StorageError):
+                    self._save_info()
+                raise StorageError(f"volume {self.vid} failed to open local dat file {self.dat_path}: {exc}") from exc
+            self._can_delete_before_tier = None
+            return file
 
     def relocate_index(self, new_directory: str) -> None:
         """Moves the index files to another directory. Reads go on, writes wait. Nothing to move is success.
@@ -595,6 +695,9 @@ class Volume:
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
                     raise self._read_error(exc, handle, key) from exc
+            except RemoteError:
+                if self._handle is handle:  # else the data came back here meanwhile
+                    raise
         if needle.flags & FLAG_HAS_TTL and needle.flags & FLAG_HAS_LAST_MODIFIED:
             minutes = Ttl(needle.ttl_count, needle.ttl_unit).minutes
             if minutes and time.time_ns() >= needle.append_at_ns + minutes * 60_000_000_000:
@@ -617,10 +720,13 @@ class Volume:
         check = start == 0 and end == size
         crc = 0
         at = start
+        ahead = self._stream_remote(offset + start, end - start, step)
         while at < end:
             want = min(step, end - at)
             try:
-                piece = self.pread(offset + at, want, revision)
+                piece = next(ahead, None)
+                if piece is None:
+                    piece = self.pread(offset + at, want, revision)
             except VolumeMoved:
                 moved = self.read_needle(needle.id, meta_ok=True)
                 if moved.data_size != size or moved.cookie != needle.cookie or not moved.meta_only:
@@ -639,8 +745,21 @@ class Volume:
                 offset=needle.entry_offset,
             )
 
+    def _stream_remote(self, offset: int, length: int, step: int) -> Iterator[memoryview]:
+        """Pieces of a tiered volume's data. Ends early, or at once, when the data is here: then pread goes on."""
+        handle = self._handle
+        if not isinstance(handle, TieredVolume):
+            return
+        try:
+            yield from handle.stream(offset, length, step)
+        except engine.NativeError as exc:
+            raise self._error(exc, "read", self.dat_path) from exc
+        except RemoteError:
+            if self._handle is handle:
+                raise
+
     def pread(self, offset: int, length: int, revision: int) -> memoryview:
-        """Raw bytes of .dat. Raises VolumeMoved if it was compacted since `revision`, CorruptNeedle `EOF`."""
+        """Raw bytes of the data. Raises VolumeMoved if it was compacted since `revision`, CorruptNeedle `EOF`."""
         while True:
             handle = self._handle
             try:
@@ -648,6 +767,9 @@ class Volume:
             except engine.NativeError as exc:
                 if not self._superseded(handle, exc):
                     raise self._error(exc, "read", self.dat_path) from exc
+            except RemoteError:
+                if self._handle is handle:
+                    raise
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -692,7 +814,7 @@ class Volume:
         too (a disk low on space still deletes), VolumeClosed, NoSpace, DiskError. Blocks on disk; never synced.
         """
         while True:
-            if self._no_write_or_delete:
+            if self.no_write_or_delete:
                 raise VolumeReadOnly(f"volume {self.vid} is read only")
             handle = self._handle
             try:
@@ -1058,6 +1180,9 @@ def open_handle(
     """
     flags = engine.OpenFlag(0)
     maps = options.maps if options.may_write else None
+    remote = options.remote
+    if remote is not None:
+        flags |= engine.OpenFlag.REMOTE
     if maps is not None:
         flags |= engine.OpenFlag.NO_MAP
     if options.dat_readonly:
@@ -1073,18 +1198,22 @@ def open_handle(
     if create is not None:
         flags |= engine.OpenFlag.CREATE
     try:
-        handle = (engine.Volume if maps is None else MappedVolume).open(
+        kind = TieredVolume if remote is not None else engine.Volume if maps is None else MappedVolume
+        handle = kind.open(
             dat_path,
             idx_path,
             vid=vid,
             flags=flags,
             offset_width=offset_width,
             has_ttl=bool(str(ttl)),
-            superblock=None if create is None else create.fields,
+            superblock=create.fields if create is not None else remote.superblock if remote is not None else None,
+            remote_bytes=remote.size if remote is not None else 0,
             preallocate_bytes=preallocate_bytes,
             last_append_at_ns=last_append_at_ns,
             sdx_path=sdx_path_of(idx_path) if options.sorted_map else None,
         )
+        if isinstance(handle, TieredVolume) and remote is not None:
+            handle.attach(remote)
         if maps is None or not isinstance(handle, MappedVolume):
             return handle
         try:
@@ -1117,3 +1246,33 @@ def open_handle(
         else:
             text = f"cannot load volume data {dat_path}: {reason}"
         raise disk_error(text, number, path=path) from exc
+
+
+def open_remote_handle(
+    dat_path: str,
+    idx_path: str,
+    *,
+    vid: int,
+    options: HandleOptions,
+    offset_width: int,
+    ttl: Ttl,
+    read_only: tuple[bool, bool] = (True, False),
+) -> engine.Volume:
+    """As open_handle for `options.remote`. A sorted file that cannot be made is done without: the log says so."""
+    if options.sorted_map:
+        try:
+            return open_handle(
+                dat_path,
+                idx_path,
+                vid=vid,
+                options=options,
+                offset_width=offset_width,
+                ttl=ttl,
+                read_only=read_only,
+            )
+        except StorageError as exc:
+            log.info("%s: %s; the map is held in memory instead", sdx_path_of(idx_path), exc)
+            options.sorted_map = False
+    return open_handle(
+        dat_path, idx_path, vid=vid, options=options, offset_width=offset_width, ttl=ttl, read_only=read_only
+    )

@@ -10,19 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyvolume._native import engine
 from pyvolume._native.engine import TailVerdict
-from pyvolume.errors import DiskError, StorageError, VolumeLoadError, from_native, from_os_error, os_error_text
+from pyvolume.errors import (
+    DiskError,
+    RemoteError,
+    StorageError,
+    VolumeLoadError,
+    from_native,
+    from_os_error,
+    os_error_text,
+)
 from pyvolume.faults import fault
 from pyvolume.storage import files, index_files, needle_map, vif
 from pyvolume.storage.needle_map import RocksMaps
 from pyvolume.storage.superblock import CURRENT_VERSION, SUPER_BLOCK_SIZE, SUPPORTED_VERSIONS, SuperBlock
-from pyvolume.storage.volume import HandleOptions, Volume, open_handle, sdx_path_of
+from pyvolume.storage.tier import scan
+from pyvolume.storage.tier.backends import Backends
+from pyvolume.storage.tier.handle import RemoteData
+from pyvolume.storage.volume import HandleOptions, Volume, open_handle, open_remote_handle, sdx_path_of
 from pyvolume.types import ReplicaPlacement, Ttl, volume_base_name
 
 if TYPE_CHECKING:
@@ -44,6 +56,8 @@ class LoadOptions:
     """Hours after which the map on disk of a volume nobody uses is closed; 0: never."""
     maps: RocksMaps | None = None
     """Where maps of kinds other than memory live; made here if it is not given."""
+    backends: Backends = field(default_factory=Backends)
+    """The remote stores that tiered volumes are read from."""
 
     def __post_init__(self) -> None:
         if self.maps is None:
@@ -98,10 +112,7 @@ def load_volume(
         log.warning("load volume %d.vif file: %s", vid, known.error)
     info = known.info
     if known.has_remote_file:
-        backend = info.files[0].backend_name
-        raise VolumeLoadError(
-            f"load remote file {info.files[0].key}: backend storage {backend} not found", path=vif_path
-        )
+        return _load_remote(directory, idx_directory, collection, vid, info, location, disk_id, options)
     no_write_can_delete = info.read_only and info.read_only_can_delete
     no_write_or_delete = info.read_only and not info.read_only_can_delete
     found = _open_data(vid, base_path)
@@ -495,6 +506,97 @@ def _verdict_text(found: _Files, verdict: TailVerdict, info: engine.NativeInfo) 
     if verdict == TailVerdict.IDX_RAGGED:
         return f"index file's size is {info.a} bytes, maybe corrupted"
     return str(from_native(info.code, info, path=found.dat_path, offset_width=found.width))
+
+
+# ------------------------------------------------------------------------------------------------- in a remote tier
+
+
+def _load_remote(
+    directory: str,
+    idx_directory: str,
+    collection: str,
+    vid: int,
+    info: vif.VolumeInfo,
+    location: DiskLocation | None,
+    disk_id: int,
+    options: LoadOptions,
+) -> Volume:
+    """Opens a volume whose .vif names an object; a .dat that may lie here, too, is not looked at.
+
+    A store that does not answer is no reason to refuse: then version is the .vif's, and replication and ttl are not
+    known before the next load, as upstream. Raises VolumeLoadError for a store that is not known and for a missing
+    index. Blocks on the network for a few seconds at most.
+    """
+    file = info.files[0]
+    name = volume_base_name(collection, vid)
+    base_path = f"{directory}/{name}"
+    backend = options.backends.find(file.backend_name)
+    if backend is None:
+        text = f"load remote file {file.key}: backend storage {file.backend_name} not found"
+        raise VolumeLoadError(text, path=base_path + ".vif")
+    log.info("volume %d is tiered to %s as %s and read only", vid, file.backend_name, file.key)
+    block = SuperBlock(info.version or CURRENT_VERSION, ReplicaPlacement(), Ttl.NONE)
+    try:
+        block = SuperBlock.parse(bytes(backend.read_start(file.key, SUPER_BLOCK_SIZE)))
+        info.version = block.version
+    except RemoteError as exc:
+        log.error("readSuperBlock remote volume %d: %s", vid, exc)
+    if not block.is_supported:
+        raise VolumeLoadError(f"Unsupported volume {vid} version {block.version}", path=base_path + ".vif")
+    placement = _effective_placement(vid, info, block)
+    if idx_directory != directory and files.exists(base_path + ".idx"):
+        idx_directory = directory
+    idx_path = f"{idx_directory}/{name}.idx"
+    if not files.exists(idx_path):
+        raise VolumeLoadError(f"check volume idx file {idx_path}: idx file {idx_path} does not exists", path=idx_path)
+    width = info.bytes_offset or options.offset_width
+    remote = RemoteData(backend, file.key, file.file_size, block.fields)
+    if options.repair:
+        try:
+            _repair_remote_index(vid, idx_path, width, block, remote)
+        except (OSError, StorageError, engine.NativeError) as exc:
+            log.warning("volume %d: recover overwritten %s rows: %s", vid, idx_path, exc)
+    handle_options = HandleOptions(
+        sorted_map=True, maps=options.maps, map_timeout_h=options.index_timeout_h, remote=remote
+    )
+    handle = open_remote_handle(
+        base_path + ".dat", idx_path, vid=vid, options=handle_options, offset_width=width, ttl=block.ttl
+    )
+    return Volume(
+        handle=handle,
+        vid=vid,
+        collection=collection,
+        directory=directory,
+        idx_directory=idx_directory,
+        location=location,
+        disk_id=disk_id,
+        version=block.version,
+        offset_width=width,
+        ttl=block.ttl,
+        replica_placement=placement,
+        info=info,
+        options=handle_options,
+        no_write_or_delete=False,
+        no_write_can_delete=True,
+        dat_mtime_s=file.modified_time or files.check_file(base_path + ".vif").mtime_s,
+    )
+
+
+def _repair_remote_index(vid: int, idx_path: str, width: int, block: SuperBlock, remote: RemoteData) -> None:
+    """Half a row at the end goes (L4); rows at the head that an old release's deletes wrote over come back."""
+    with files.opened(idx_path) as idx_fd:
+        summary = engine.idx_summarize(idx_fd, width, block.version, remote.size)
+    if summary.ragged_bytes:
+        dropped = index_files.drop_ragged_tail(idx_path, width)
+        log.warning("volume %d: dropped %d bytes of half a row at the end of %s", vid, dropped, idx_path)
+    if not summary.leading_zero_rows:
+        return
+    window = scan.Window(lambda offset, length: remote.backend.read_at(remote.key, offset, length), remote.size)
+    records = scan.headers(window, block.version, block.block_bytes, remote.size)
+    first = itertools.islice(records, summary.leading_zero_rows)
+    restored = index_files.restore_head(first, idx_path, width=width)
+    if restored:
+        log.info("volume %d: recovered %d overwritten %s rows from %s", vid, restored, idx_path, remote.key)
 
 
 # ------------------------------------------------------------------------------------------------------------- opening

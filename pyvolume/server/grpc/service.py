@@ -18,7 +18,20 @@ import grpc
 
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
-from pyvolume.server.grpc import copy, ec, needles, query, scrub, server_info, sync, tail, vacuum, volumes, wire
+from pyvolume.server.grpc import (
+    copy,
+    ec,
+    needles,
+    query,
+    scrub,
+    server_info,
+    sync,
+    tail,
+    tier,
+    vacuum,
+    volumes,
+    wire,
+)
 from pyvolume.server.grpc import reflection as reflection_module
 from pyvolume.server.grpc.calls import Call, Gates, Handler, request_id_of
 from pyvolume.server.grpc.methods import LIMITS, RPCS, Kind, Rpc
@@ -49,6 +62,7 @@ HANDLERS: dict[str, Handler] = {
     **tail.HANDLERS,
     **query.HANDLERS,
     **scrub.HANDLERS,
+    **tier.HANDLERS,
 }
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
