@@ -18,13 +18,16 @@ DIR         ?= run/data
 KILL_ROUNDS   ?= 200
 CRASH_SAMPLES ?= 5000
 
-# make fuzz: seconds for each target
+# make fuzz: seconds for each target; make fuzz-py: for each edge
 FUZZ_S ?= 60
+
+# make audit
+PIP_AUDIT ?= 2.10.1
 
 C_SOURCES  := $(wildcard csrc/*.c csrc/*.h)
 PY_SOURCES := $(shell find pyvolume proto -name '*.py' -not -path 'pyvolume/pb/*' 2>/dev/null)
 
-.PHONY: all help system-packages venv build run test test-py test-c crash compat lint fmt asan tsan fuzz bench docs man wheel clean distclean
+.PHONY: all help system-packages venv build run test test-py test-c crash compat lint fmt asan tsan fuzz fuzz-py audit bench docs man wheel clean distclean
 
 all: build lint test ## build, lint and test
 
@@ -69,12 +72,19 @@ crash: build ## the long forms of the crash and race tests: KILL_ROUNDS kills, C
 compat: build ## replay what a Go server answered, and open the volumes it made
 	$(BIN)/python -m tools.compat --known-gaps tools/compat/known-gaps.txt
 
-lint: build ## ruff, mypy, import layers, clang-format, strict C warnings
+lint: build ## ruff with its security rules, mypy, import layers, clang-format, hardening of the engine, known weaknesses
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/test/*.[ch] csrc/fuzz/*.[ch])
+	$(BIN)/python tools/dev/hardening.py pyvolume/_pv.*.so
+	$(BIN)/python tools/dev/audit.py
+
+audit: venv ## look dependencies up in the lists of known weaknesses (needs a network)
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	    $(VENV)-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit==$(PIP_AUDIT); }
+	$(BIN)/python tools/dev/audit.py --command $(VENV)-audit/bin/pip-audit
 
 fmt: venv ## format Python and C
 	$(BIN)/ruff check --fix . || true
@@ -92,6 +102,9 @@ tsan: system-packages ## C stress tests under ThreadSanitizer
 
 fuzz: system-packages ## libFuzzer targets, FUZZ_S seconds each (needs clang)
 	$(MAKE) -s -C csrc fuzz FUZZ_S=$(FUZZ_S)
+
+fuzz-py: build ## hostile input for the Python edges, FUZZ_S seconds for each
+	PYVOLUME_FUZZ_S=$(FUZZ_S) $(BIN)/python -m pytest -q --timeout 0 tests/property/test_edges.py
 
 bench: build ## benchmark tables; WEED_BIN and WEED_VOLUME_RUST add the references, measured in turns
 	$(BIN)/python -m tools.bench
@@ -111,4 +124,4 @@ clean: ## remove what was built
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-audit
