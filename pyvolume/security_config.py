@@ -9,8 +9,8 @@ upstream would read is refused rather than passed over.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyvolume import jsontext
 from pyvolume.config import ServerConfig, error_text, parse_bool, parse_duration_ns, parse_int, resolve_path
 from pyvolume.log import V1
 
@@ -124,6 +125,8 @@ class Settings:
                 return parse_int(value.strip())
             except ValueError:
                 return 0
+        if isinstance(value, float) and not math.isfinite(value):
+            return 0
         return int(value) if isinstance(value, (bool, int, float)) else 0
 
     def number(self, key: str, default: float) -> float:
@@ -146,7 +149,7 @@ class Settings:
                 return parse_duration_ns(value if any(c in "nsu\u00b5mh" for c in value) else value + "ns") / 1e9
             except ValueError:
                 return 0.0
-        return float(value) / 1e9 if isinstance(value, (int, float)) else 0.0
+        return float(value) / 1e9 if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def env_name(key: str) -> str:
@@ -197,12 +200,22 @@ def read_file(path: Path) -> dict[str, Any]:
         raise SettingsFileError(f"open {path}: {error_text(exc)}") from exc
     try:
         text = data.decode("utf-8")
-        tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        tree = jsontext.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as exc:
         raise SettingsFileError(f"While parsing config: {exc}") from exc
     if not isinstance(tree, dict):
         raise SettingsFileError("While parsing config: not a table of keys")
+    if (number := _beyond_int64(tree)) is not None:
+        raise SettingsFileError(f"While parsing config: {number:#x} is not within 64 bits")
     return tree
+
+
+def _beyond_int64(value: Any) -> int | None:
+    """An integer of the tree that upstream's 64 bits do not hold, None if there is none."""
+    if isinstance(value, (dict, list)):
+        found = map(_beyond_int64, value.values() if isinstance(value, dict) else value)
+        return next((number for number in found if number is not None), None)
+    return value if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 else None
 
 
 def load_optional(settings: Settings, base: str, config_dir: str, environ: Mapping[str, str]) -> None:

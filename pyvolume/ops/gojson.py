@@ -12,6 +12,8 @@ import json
 import struct
 from typing import Any
 
+from pyvolume import jsontext
+
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
@@ -222,11 +224,11 @@ def _quoted(byte: int) -> str:
 def loads(data: bytes) -> Any:
     """Parses JSON. Raises ValueError with the text of Go's syntax error (`unexpected end of JSON input`).
 
-    As in Go, bad UTF-8 in strings becomes U+FFFD and is no error. Words for values that do not fit a field are the
-    caller's business.
+    As in Go, bad UTF-8 in strings becomes U+FFFD, as does half a surrogate pair, and is no error. Words for values that
+    do not fit a field are the caller's business.
     """
     try:
         _Scanner(data).check()
     except _Syntax as exc:
         raise ValueError(str(exc)) from None
-    return json.loads(utf8(data))
+    return jsontext.loads(utf8(data))

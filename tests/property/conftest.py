@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +15,7 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("default"), max_examples=1000)
 settings.register_profile("expensive", settings.get_profile("default"), max_examples=20000)
 settings.load_profile(os.environ.get("PYVOLUME_HYPOTHESIS", "default"))
+
+# The servers of other tests are used here as they are: those of the HTTP and of the gRPC tests.
+for neighbour in ("conformance", "unit"):
+    sys.path.append(str(Path(__file__).parents[1] / neighbour))

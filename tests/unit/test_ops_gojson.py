@@ -90,3 +90,9 @@ def test_syntax_errors_have_gos_words(data: bytes, words: str) -> None:
 )
 def test_valid_documents_pass_the_scanner(data: bytes) -> None:
     assert gojson.loads(data) == json.loads(data.decode("utf-8", "replace"))
+
+
+def test_half_a_surrogate_pair_could_be_read_but_not_written() -> None:
+    assert gojson.loads(rb'{"\udc00": ["\ud800\u0041", "\ud83d\ude00", "\\ud800"]}') == {
+        "\ufffd": ["\ufffdA", "\U0001f600", "\\ud800"]
+    }

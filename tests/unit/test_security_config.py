@@ -138,6 +138,28 @@ def test_read_file_names_what_is_wrong(tmp_path: Path, text: bytes) -> None:
         read_file(path)
 
 
+@pytest.mark.parametrize("number", ["9223372036854775808", "-9223372036854775809", "0x" + "f" * 5000])
+@pytest.mark.parametrize("line", ["[jwt.signing]\nkey = {}", "[guard]\nwhite_list = [1, {}]"])
+def test_numbers_beyond_64_bits_ended_the_start_with_a_stack(tmp_path: Path, number: str, line: str) -> None:
+    assert "is not within 64 bits" in refusal(tmp_path, line.format(number))
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", '"inf"'])
+def test_endless_numbers_ended_the_start_with_a_stack(tmp_path: Path, value: str) -> None:
+    (tmp_path / "conf" / "volume.toml").write_text(
+        f"[volume.disk.io]\ninterval = {value}\ntimeout = {value}\n[volume.disk.io.min]\nsamples = {value}\n"
+    )
+    made = loader(tmp_path, f"[jwt.signing]\nexpires_after_seconds = {value}\n")
+    assert made.load().jwt_write_expires_s == 0
+    probe = made.load_disk_probe()
+    assert (probe.interval_s, probe.timeout_s, probe.min_samples) == (0.0, 0.0, 0)
+
+
+def test_half_a_surrogate_pair_in_json_is_a_replacement_character_as_in_go(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "security.json").write_text(r'{"jwt": {"signing": {"key": "\ud800a\ud83d\ude00"}}}')
+    assert loader(tmp_path).load().jwt_write_key == "\ufffda\U0001f600".encode()
+
+
 def test_json_file_must_be_a_table(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[1]")
