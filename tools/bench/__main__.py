@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench import targets
+from tools.bench import pinned, targets
 from tools.bench.targets import HOST, Target
 
 NEEDLES_FOR_READS = {1024: 2000, 4 << 20: 24}
@@ -93,6 +93,7 @@ class Bench:
         from tools.compat.bed import unary_call
 
         with grpc.insecure_channel(f"{HOST}:{t.grpc_port}") as channel:
+            grpc.channel_ready_future(channel).result(30)
             unary_call(channel, "AllocateVolume", volume_id=VID, replication="000", version=3)
 
     def fill(self, t: Target, size: int) -> Path:
@@ -245,14 +246,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--needles", type=int, default=1_000_000)
     parser.add_argument("--wsgi", action="store_true", help="measure -fastLane=false too")
-    parser.add_argument("--only", choices=["requests", "start"], help="one table")
+    parser.add_argument("--only", choices=["requests", "start", "pinned"], help="one table")
     args = parser.parse_args(argv)
     bench = Bench(args)
     try:
         bench.say(f"# Benchmark: {machine()}\n")
-        if args.only != "start":
+        if args.only in (None, "requests"):
             bench.throughput()
-        if args.only != "requests":
+        if args.only in (None, "pinned"):
+            pinned.run(bench)
+        if args.only in (None, "start"):
             bench.start_and_memory()
     finally:
         bench.close()
