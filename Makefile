@@ -27,7 +27,7 @@ PIP_AUDIT ?= 2.10.1
 C_SOURCES  := $(wildcard csrc/*.c csrc/*.h)
 PY_SOURCES := $(shell find pyvolume proto -name '*.py' -not -path 'pyvolume/pb/*' 2>/dev/null)
 
-.PHONY: all help system-packages venv build run test test-py test-c crash compat lint fmt asan tsan fuzz fuzz-py audit bench docs man wheel clean distclean
+.PHONY: all help system-packages venv build run test test-py test-c crash compat lint fmt asan tsan fuzz fuzz-py audit bench docs man wheel sdist clean distclean
 
 all: build lint test ## build, lint and test
 
@@ -116,8 +116,14 @@ man: build ## pyvolume.1 from the flag table
 	@mkdir -p build
 	$(BIN)/argparse-manpage --pyfile pyvolume/cli.py --function manpage_parser --project-name pyvolume --output build/pyvolume.1
 
-wheel: build ## a wheel in dist/
-	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+wheel: build ## a wheel in dist/ with libisal in it, for every Python from 3.11 on
+	@rm -rf build/wheel build/lib* build/temp*
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip -w dist build/wheel/*.whl
+
+sdist: build ## a source distribution in dist/; building from it needs a C compiler and libisal-dev
+	@mkdir -p dist
+	$(BIN)/python -c 'import setuptools.build_meta as b; print(b.build_sdist("dist"))' | tail -1
 
 clean: ## remove what was built
 	rm -rf build dist pyvolume/pb pyvolume/_pv.* csrc/build *.egg-info $(BUILT)

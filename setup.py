@@ -15,4 +15,8 @@ class BuildPyWithProto(build_py):
         super().run()
 
 
-setup(cffi_modules=["build_ffi.py:ffibuilder"], cmdclass={"build_py": BuildPyWithProto})
+setup(
+    cffi_modules=["build_ffi.py:ffibuilder"],
+    cmdclass={"build_py": BuildPyWithProto},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -6,6 +6,7 @@ a server is really started, so that usage errors and `version` answer at once.
     pyvolume [global flags] volume [flags]      as `weed volume`
     pyvolume [global flags and flags]           without a subcommand, as the Rust port takes them
     pyvolume check | fix | export | compact     on the files of volumes that no server has
+    pyvolume completion bash | zsh | fish       for the command line
     pyvolume version | help [command]
 """
 
@@ -41,6 +42,8 @@ def _dispatch(words: list[str], environ: Mapping[str, str]) -> int:
         from pyvolume.offline import common
 
         return common.main(words)
+    if words and words[0] == "completion":
+        return _completion(words[1:])
     command = config.classify(words).command
     if command is None:
         return _serve(config.parse_combined(words, environ), environ)
@@ -83,6 +86,15 @@ def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
     machine = platform.machine()
     print(f"version {full_version()} {sys.platform} {_ARCHITECTURES.get(machine, machine)}")
     print(f"{config.PROGRAM} {PYVOLUME_VERSION}", file=sys.stderr)
+    return 0
+
+
+def _completion(words: Sequence[str]) -> int:
+    from pyvolume import completion
+
+    if len(words) != 1 or words[0] not in completion.SHELLS:
+        raise UsageError(USAGE_STATUS, f"usage: {config.PROGRAM} completion {'|'.join(completion.SHELLS)}\n")
+    sys.stdout.write(completion.script(words[0]))
     return 0
 
 

@@ -931,6 +931,7 @@ The commands are:
     fix         rebuild their indexes from their data
     export      list their needles, or write them to a tar file or a directory
     compact     vacuum them
+    completion  print completion for bash, zsh or fish
     version     print the version
     help        print this text, or that of a command
 

@@ -316,20 +316,29 @@ def positive_rate(text: str) -> int:
     return int(value * (1 << 20))
 
 
-def main(words: Sequence[str]) -> int:
-    """Runs `check ...`, `fix ...`, `export ...` or `compact ...`; returns the exit status."""
+def _module_of(command: str) -> Any:
     from pyvolume.offline import check, compact, export, fix
 
-    modules = {"check": check, "fix": fix, "export": export, "compact": compact}
-    module = modules[words[0]]
+    return {"check": check, "fix": fix, "export": export, "compact": compact}[command]
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one of the offline commands. KeyError for another one."""
+    module = _module_of(command)
     parser = argparse.ArgumentParser(
-        prog=f"pyvolume {words[0]}",
+        prog=f"pyvolume {command}",
         description=module.__doc__.partition("\n\n")[0] if module.__doc__ else None,
         epilog="Exit status: 0 clean, 1 there are findings, 2 could not run. No server may have the directories.",
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(list(words[1:]))
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs `check ...`, `fix ...`, `export ...` or `compact ...`; returns the exit status."""
+    args = parser_of(words[0]).parse_args(list(words[1:]))
+    module = _module_of(words[0])
     args.command = words[0]
     job = Job(args)
     try:
