@@ -114,7 +114,9 @@ docs: build ## check that the documents name every flag and RPC
 
 man: build ## pyvolume.1 from the flag table
 	@mkdir -p build
-	$(BIN)/argparse-manpage --pyfile pyvolume/cli.py --function manpage_parser --project-name pyvolume --output build/pyvolume.1
+	$(BIN)/argparse-manpage --module pyvolume.cli --function manpage_parser --project-name pyvolume \
+		--description "volume server for SeaweedFS clusters" --manual-title "pyvolume" --format single-commands-section \
+		--include packaging/pyvolume.1.include --output build/pyvolume.1
 
 wheel: build ## a wheel in dist/ with libisal in it, for every Python from 3.11 on
 	@rm -rf build/wheel build/lib* build/temp*

@@ -122,7 +122,17 @@ def _help(words: Sequence[str], environ: Mapping[str, str]) -> int:
 def manpage_parser() -> argparse.ArgumentParser:
     """The flags as an argparse parser, from which the manual page is made. Never used to parse: the grammar differs."""
     parser = argparse.ArgumentParser(
-        prog=config.PROGRAM, add_help=False, description="A volume server for SeaweedFS clusters."
+        prog=config.PROGRAM,
+        add_help=False,
+        usage=(
+            f"{config.PROGRAM} [global flags] [volume] [flags] | {config.PROGRAM} check|fix|export|compact DIR... | "
+            f"{config.PROGRAM} completion bash|zsh|fish | {config.PROGRAM} version|help"
+        ),
+        description=(
+            "A volume server for SeaweedFS clusters. It takes the place of the command `weed volume`: the same flags, "
+            "files, ports and protocols. A flag can be written with one dash or two, its value behind `=` or in the "
+            "next word; that of a boolean only behind `=`."
+        ),
     )
     for title, flags in (("global flags", config.GLOBAL_FLAGS), ("flags of volume", config.VOLUME_FLAGS)):
         group = parser.add_argument_group(title)
@@ -130,6 +140,8 @@ def manpage_parser() -> argparse.ArgumentParser:
             if title == "global flags" and flag.name == "options":
                 continue
             text = flag.help + (f" (not yet: {flag.later})" if flag.later else "")
+            default = "" if callable(flag.default) else config.shown_default(flag, flag.default)
+            text += f" (default {default})" if default else ""
             group.add_argument(f"-{flag.name}", metavar=flag.kind.word or "bool", help=text.replace("%", "%%"))
     return parser
 

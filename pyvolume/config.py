@@ -650,16 +650,19 @@ class FlagSet:
 def _usage_of(flag: Flag, default: Any) -> str:
     head = f"  -{flag.name}" + (f" {flag.kind.word}" if flag.kind.word else "")
     text = head + ("\t" if len(head) <= 4 else "\n    \t") + flag.help
-    shown = ""
-    if flag.kind is STRING and default:
-        shown = go_quote(default)
-    elif flag.kind.word == "duration" and default:
-        shown = format_duration(default)
-    elif flag.kind.word in ("int", "uint") and default:
-        shown = str(default)
-    elif flag.kind.is_bool and default:
-        shown = "true"
+    shown = shown_default(flag, default)
     return text + (f" (default {shown})" if shown else "") + "\n"
+
+
+def shown_default(flag: Flag, default: Any) -> str:
+    """A default as Go's flag package shows it; empty for those that it does not show."""
+    if flag.kind is STRING and default:
+        return go_quote(default)
+    if flag.kind.word == "duration" and default:
+        return format_duration(default)
+    if flag.kind.word in ("int", "uint") and default:
+        return str(default)
+    return "true" if flag.kind.is_bool and default else ""
 
 
 GLOBAL_SET = FlagSet(GLOBAL_FLAGS)

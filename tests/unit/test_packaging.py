@@ -1,4 +1,6 @@
-"""Files for operators: unit, dashboard, alert rules. What they name exists, what they say agrees with the code."""
+"""Files for operators: unit, dashboard, alert rules, containers, manual, and what goes into a wheel and a source
+distribution. What they name exists, what they say agrees with the code.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ import pytest
 from pyvolume.config import GLOBAL_FLAGS, VOLUME_FLAGS, ServerConfig
 from pyvolume.server.metrics import ServerMetrics
 
-PACKAGING = Path(__file__).parents[2] / "packaging"
+ROOT = Path(__file__).parents[2]
+PACKAGING = ROOT / "packaging"
 RULES = PACKAGING / "prometheus-alerts.yml"
 FAMILY = re.compile(r"\b((?:SeaweedFS|pyvolume|process)_\w+)(\{[^}]*\})?")
 LABELS_OF_SCRAPES = {"instance", "job", "le"}
@@ -127,3 +132,113 @@ def test_the_unit_fits_the_server() -> None:
     assert set(service["RestartPreventExitStatus"].split()) == {"1", "2"}
     assert service["NoNewPrivileges"] == "true" and service["ProtectSystem"] == "strict"
     assert service["ReadWritePaths"] == "/var/lib/pyvolume"
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_goes_into_the_wheel() -> None:
+    tools = project()["tool"]
+    assert isinstance(tools, dict)
+    listed = set(tools["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "pyvolume").rglob("*.py")
+        if "__pycache__" not in path.parts
+    }
+    assert found | {"pyvolume.pb"} == listed
+    data = {pattern for patterns in tools["setuptools"]["package-data"].values() for pattern in patterns}
+    others = [
+        path for path in (ROOT / "pyvolume").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+    ]
+    for path in others:
+        assert any(path.match(pattern) for pattern in data), f"{path} is left out of the wheel"
+
+
+def test_the_wheel_is_for_every_python_we_name() -> None:
+    """abi3 from the oldest Python on, in both places that say it."""
+    base = project()["project"]
+    assert isinstance(base, dict)
+    oldest = base["requires-python"].removeprefix(">=")
+    assert f'"py_limited_api": "cp{oldest.replace(".", "")}"' in (ROOT / "setup.py").read_text()
+    assert "py_limited_api=True" in (ROOT / "build_ffi.py").read_text()
+    assert list((ROOT / "pyvolume").glob("_pv.abi3.so")), "the module that was built is not of the stable ABI"
+
+
+def test_libisal_comes_with_its_license() -> None:
+    base = project()["project"]
+    assert isinstance(base, dict)
+    named = [path for pattern in base["license-files"] for path in ROOT.glob(pattern)]
+    assert any("Intel Corporation" in path.read_text() for path in named)
+
+
+def test_what_a_source_distribution_holds(tmp_path: Path) -> None:
+    """The list that setuptools would pack: enough to build from, and to test."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    packed = set((tmp_path / "pyvolume.egg-info" / "SOURCES.txt").read_text().splitlines())
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    wanted = {name for name in tracked if name.startswith(("pyvolume/", "csrc/", "proto/", "packaging/", "docs/"))}
+    wanted |= {"build_ffi.py", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", "requirements.lock"}
+    wanted = {name for name in wanted if name and (ROOT / name).exists()}
+    assert wanted <= packed, sorted(wanted - packed)
+    assert not [name for name in packed if name.endswith((".so", ".o", ".pyc")) or name.startswith("csrc/build/")]
+
+
+# --- containers and the manual ---------------------------------------------------------------------------------------
+
+
+def test_no_image_is_filled_in() -> None:
+    """Which images to take is the user's to say: no registry is named, and what stands there is a variable."""
+    container = (PACKAGING / "Containerfile").read_text()
+    for source in re.findall(r"^FROM (\S+)", container, re.M):
+        assert source == "${BASE}"
+    compose = (PACKAGING / "compose.yml").read_text()
+    images = re.findall(r"^\s+image: (.+)$", compose, re.M)
+    assert images and all(re.fullmatch(r"\$\{\w+:\?[^}]+\}|pyvolume", image) for image in images)
+    for text in (container, compose):
+        assert not re.search(r"\b(?:docker|ghcr|quay|gcr)\.io\b", text)
+
+
+def test_flags_in_the_container_files_exist() -> None:
+    names = {flag.name for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS)}
+    container = (PACKAGING / "Containerfile").read_text()
+    compose = (PACKAGING / "compose.yml").read_text()
+    words = re.findall(r'"-([\w.]+)[="]', "".join(re.findall(r"^(?:CMD|ENTRYPOINT) (\[.*\])", container, re.M)))
+    words += re.findall(r'"-([\w.]+)[="]', re.findall(r"command: (\[.*8080.*\])", compose)[0])
+    assert len(words) > 8
+    assert set(words) <= names
+    config = ServerConfig()
+    assert int(re.findall(r"stop_grace_period: (\d+)s", compose)[0]) >= config.pre_stop_s + config.stop_timeout_s + 5
+
+
+def test_the_manual_names_every_flag(tmp_path: Path) -> None:
+    recipe = re.search(r"^\t\$\(BIN\)/(argparse-manpage .*?)\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)
+    assert recipe is not None
+    words = recipe[1].replace("\\\n", " ").replace("build/pyvolume.1", str(tmp_path / "page"))
+    program = Path(sys.executable).parent / "argparse-manpage"
+    done = subprocess.run(
+        words.replace("argparse-manpage", str(program), 1),
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page").read_text().replace("\\-", "-")
+    for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS):
+        assert f"-{flag.name}" in page, flag.name
+    for title in ("SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES"):
+        assert f".SH {title}" in page or f'.SH "{title}"' in page
