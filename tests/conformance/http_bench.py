@@ -63,14 +63,15 @@ class Reply:
 class Client:
     """One connection; opened anew when the server has closed it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = HOST) -> None:
+        self.host = host
         self.port = port
         self._sock: socket.socket | None = None
         self._data = b""
 
     def connect(self) -> socket.socket:
         if self._sock is None:
-            self._sock = socket.create_connection((HOST, self.port), TIMEOUT_S)
+            self._sock = socket.create_connection((self.host, self.port), TIMEOUT_S)
             self._data = b""
         return self._sock
 
@@ -84,7 +85,7 @@ class Client:
     ) -> Reply:
         """Sends a request and reads its answer. Raises ConnectionError when there is none."""
         names = {name.lower() for name, _ in headers}
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {HOST}:{self.port}"]
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.host}:{self.port}"]
         lines += [f"{name}: {value}" for name, value in headers]
         if body is not None and not names & {"content-length", "transfer-encoding"}:
             lines.append(f"Content-Length: {len(body)}")

@@ -544,6 +544,15 @@ def test_expired_volumes_are_left_out_and_later_destroyed(
     assert heard == [], "the next full list or the departed ones say so"
 
 
+def test_a_new_volume_of_old_files_is_not_destroyed(store: Store) -> None:
+    volume = store.allocate_volume(3, "", PLAIN, Ttl.parse("3d"))
+    store.volume_size_limit = GIB
+    put(volume, 1, b"x", last_modified_s=1_600_000_000)
+    assert len(store.heartbeat_volumes()) == 1
+    assert store.has_volume(3)
+    assert volume.read_needle(1).data == b"x"
+
+
 def test_a_heartbeat_never_waits_for_an_unmount(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired volume whose unmount waits for a vacuum is left for a later heartbeat."""
     volume = store.allocate_volume(3, "", PLAIN, Ttl.parse("30m"))
