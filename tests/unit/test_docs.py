@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pyvolume.config import GLOBAL_FLAGS, VOLUME_FLAGS, ServerConfig
+from pyvolume.server.metrics import PREFIX, ServerMetrics
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "data" / "README.md"])
@@ -58,3 +62,71 @@ def test_nothing_names_a_machine() -> None:
         if path.suffix in (".xz", ".dat", ".idx", ".gz", ".png") or not path.is_file():
             continue
         assert str(ROOT) + "/" not in path.read_text("utf-8", "replace"), f"{name} names this checkout"
+
+
+# --- every promise names its proof -----------------------------------------------------------------------------------
+
+COMPATIBILITY = ROOT / "docs" / "COMPATIBILITY.md"
+NAMED_TEST = re.compile(r"`((?:unit|conformance|crash|race|property)/test_\w+\.py)(?:::(\w+))?`")
+
+
+def rows(first: str) -> Iterator[list[str]]:
+    """Cells of all rows of the tables whose first column has that title and whose last one is `test`."""
+    titles: list[str] = []
+    for line in COMPATIBILITY.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
+        if not cells:
+            titles = []
+        elif not titles:
+            titles = cells
+        elif titles[0] == first and titles[-1] == "test" and set(cells[0]) != {"-"}:
+            yield cells
+
+
+def proven(first: str) -> dict[str, str]:
+    """State by each name in the first column; asserts that the last column names a test, but for what comes later."""
+    out: dict[str, str] = {}
+    for cells in rows(first):
+        names = re.findall(r"`([^`]+)`", cells[0])
+        if not cells[1].startswith("later"):
+            assert NAMED_TEST.search(cells[-1]), f"{cells[0]} in COMPATIBILITY.md names no test"
+        out |= dict.fromkeys(names, cells[1])
+    return out
+
+
+def test_every_flag_names_its_test() -> None:
+    listed = proven("flag")
+    flags = {f"-{flag.name}": flag for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS)}
+    assert set(listed) == set(flags)
+    for name, state in listed.items():
+        assert state.startswith("later") == bool(flags[name].later), name
+
+
+def test_every_rpc_names_its_test() -> None:
+    from pyvolume.pb import volume_server_pb2
+
+    assert set(proven("RPC")) == {m.name for m in volume_server_pb2.DESCRIPTOR.services_by_name["VolumeServer"].methods}
+
+
+def test_every_route_names_its_test() -> None:
+    listed = proven("route")
+    source = (ROOT / "pyvolume" / "server" / "http_app.py").read_text("utf-8")
+    routed = set(re.findall(r'Rule\("([^"]+)"', source))
+    assert len(routed) >= 5
+    assert routed | {"/seaweedfsstatic/", "/debug/pprof/", "/vid,fid", "/vid/fid", "/vid/fid/name"} <= set(listed)
+
+
+def test_every_metric_names_its_test_and_its_use() -> None:
+    listed = proven("family")
+    ours = {
+        name
+        for path in (ROOT / "pyvolume" / "server").glob("*.py")
+        for name in re.findall(r'"(pyvolume_\w+)"', path.read_text("utf-8"))
+    }
+    families = {family.name.removeprefix(PREFIX) for family in ServerMetrics(ServerConfig()).registry.families()} | ours
+    assert set(listed) == families
+    operations = (ROOT / "docs" / "OPERATIONS.md").read_text("utf-8")
+    for name in families:
+        if name.startswith(("process_", "SeaweedFS_")):
+            continue
+        assert re.search(rf"\b{name}\b", operations), f"OPERATIONS.md does not tell of {name}"
