@@ -59,9 +59,12 @@ class Ticket:
 class AdminAdmission:
     """Admission of the admin port. `bind` it to its server before the first request."""
 
-    def __init__(self, ops: Ops, slots: Slots, is_page: Callable[[bytes], bool], finish: Finish) -> None:
+    def __init__(
+        self, ops: Ops, slots: Slots, tier_slots: Slots, is_page: Callable[[bytes], bool], finish: Finish
+    ) -> None:
         self._ops = ops
         self.slots = slots
+        self.tier_slots = tier_slots
         self._is_page = is_page
         self._finish = finish
         self._server: VolumeHTTPServer | None = None
@@ -90,8 +93,11 @@ class AdminAdmission:
             head.keep_bytes = write.MAX_FORM_BYTES
         if method in (b"GET", b"HEAD"):
             return self._download(head, url)
-        if method == b"DELETE" and self._asks_elsewhere(head, url):
-            return self._with_slot(head, url, None)
+        if method == b"DELETE":
+            if self._is_tiered(url):  # its cookie is there, too
+                return self._with_slot(head, url, None, self.tier_slots)
+            if self._asks_elsewhere(head, url):
+                return self._with_slot(head, url, None)
         return None
 
     # -- uploads --------------------------------------------------------------------------------------------------
@@ -157,8 +163,10 @@ class AdminAdmission:
                 vid = native.parse_vid(url.vid)
             except native.IdError:
                 return None
-            here = ops.store.find_volume(vid) is not None
-            if not here and (ops.config.read_mode == "proxy" or ops.store.ec.find(vid) is not None):
+            volume = ops.store.find_volume(vid)
+            if volume is not None:
+                return self._with_slot(head, url, None, self.tier_slots) if volume.is_remote else None
+            if ops.config.read_mode == "proxy" or ops.store.ec.find(vid) is not None:
                 return self._with_slot(head, url, None)
             return None
         if Query(head.query).get(b"proxied") != b"true":
@@ -256,9 +264,19 @@ class AdminAdmission:
             return head.method != b"DELETE" or self._ops.store.ec.find(vid) is not None
         return volume.replica_placement.copy_count > 1
 
-    def _with_slot(self, head: RequestHead, url: native.UrlPath, hold: Hold | None) -> Hold | None:
+    def _is_tiered(self, url: native.UrlPath) -> bool:
+        try:
+            volume = self._ops.store.find_volume(native.parse_vid(url.vid))
+        except native.IdError:
+            return False
+        return volume is not None and volume.is_remote
+
+    def _with_slot(
+        self, head: RequestHead, url: native.UrlPath, hold: Hold | None, slots: Slots | None = None
+    ) -> Hold | None:
         """None: it has a slot. Else the request is held (in `hold`, where it is held already) until it gets one."""
-        slots, server = self.slots, self._server
+        slots = slots if slots is not None else self.slots
+        server = self._server
         assert server is not None
         waiting = hold if hold is not None else Hold()
         over: list[bool] = []
@@ -285,7 +303,8 @@ class AdminAdmission:
 
         def give_up() -> None:
             if slots.leave(waiter):
-                text = f"{slots.limit} requests wait for other servers already"
+                others = "remote stores" if slots is self.tier_slots else "other servers"
+                text = f"{slots.limit} requests wait for {others} already"
                 waiting.refuse(self._refusal(head, url, lambda request: json_error(request, 500, text)))
 
         head.on_end.append(ended)

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 from pyvolume._native import engine
 from pyvolume._native.scrub import Scrub, ScrubFinding, ScrubStats
-from pyvolume.errors import NativeCode, StorageError, from_native, os_error_text
+from pyvolume.errors import NativeCode, RemoteError, StorageError, from_native, os_error_text
 from pyvolume.faults import fault
+from pyvolume.storage import index_files
 from pyvolume.storage.compact import RateLimit
 from pyvolume.storage.superblock import SUPER_BLOCK_SIZE
+from pyvolume.storage.tier.handle import RemoteData, TieredVolume
+from pyvolume.storage.tier.scan import Window
 
 if TYPE_CHECKING:
     from pyvolume.storage.volume import Volume
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 STEP_BYTES: Final = 16 << 20
 """Read between two looks at the rate limit and the caller's wish to go on."""
 _BEGIN_TRIES: Final = 3
+_LOOK_ROWS: Final = 64
+"""Rows of a volume in a remote store between two looks at the caller's wish to go on."""
 
 
 class ScrubInterrupted(StorageError):
@@ -79,6 +84,12 @@ def scrub_volume(
     except OSError as exc:
         reason = os_error_text("open", volume.idx_path, exc.errno or errno.EIO)
         return ScrubReport(0, [f"failed to open IDX file {volume.idx_path} for volume {volume.vid}: {reason}"])
+    handle = volume.handle
+    if isinstance(handle, TieredVolume):
+        try:
+            return _scrub_remote(volume, handle.remote, idx_fd, index_only, bytes_per_s, go_on)
+        finally:
+            os.close(idx_fd)
     resume = resume if resume is not None else ScrubPosition()
     try:
         scrub, resume = _begin(volume, idx_fd, index_only, resume)
@@ -95,6 +106,73 @@ def scrub_volume(
         raise from_native(exc.code, exc.info, vid=volume.vid, path=volume.idx_path) from exc
     finally:
         scrub.close()
+
+
+def _scrub_remote(
+    volume: Volume,
+    remote: RemoteData,
+    idx_fd: int,
+    index_only: bool,
+    bytes_per_s: int,
+    go_on: Callable[[ScrubStats], bool],
+) -> ScrubReport:
+    """Of a volume in a remote store: every record is fetched, in large pieces. Not to be resumed half way.
+
+    A store that does not answer says nothing of the volume: RemoteError is raised then.
+    """
+    length_fd = os.memfd_create("length of the data")
+    try:
+        os.ftruncate(length_fd, remote.size)
+        scrub = Scrub.of_files(length_fd, idx_fd, volume.offset_width, volume.version, index_only=True)
+    except engine.NativeError as exc:
+        raise from_native(exc.code, exc.info, vid=volume.vid, path=volume.idx_path) from exc
+    finally:
+        os.close(length_fd)
+    try:
+        report = _look(volume, scrub, True, 0, go_on, ScrubPosition())
+        stats = scrub.stat()
+    except engine.NativeError as exc:
+        raise from_native(exc.code, exc.info, vid=volume.vid, path=volume.idx_path) from exc
+    finally:
+        scrub.close()
+    if index_only:
+        return report
+    limit, expected = RateLimit(bytes_per_s), SUPER_BLOCK_SIZE
+    window = Window(lambda offset, length: remote.backend.read_at(remote.key, offset, length), remote.size)
+    for number, row in enumerate(index_files.rows_of(idx_fd, volume.offset_width)):
+        if row.offset == 0 and row.size < 0:
+            continue
+        length = engine.needle_record_len(row.size, volume.version)
+        expected += length
+        if row.size < 0:
+            continue
+        error = _remote_error(window, remote.size, row, volume, length)
+        if error:
+            report.findings.append(f"failed to read needle {row.key} on volume {volume.vid}: {error}")
+        for _ in limit.waits(length):
+            if not go_on(stats):
+                raise ScrubInterrupted(ScrubPosition())
+        if number % _LOOK_ROWS == 0 and not go_on(stats):
+            raise ScrubInterrupted(ScrubPosition())
+    total = total_text(volume.vid, stats._replace(dat_bytes=remote.size, expected_bytes=expected))
+    if total:
+        report.findings.append(total)
+    return report
+
+
+def _remote_error(window: Window, end: int, row: engine.IdxRow, volume: Volume, length: int) -> str:
+    """Why a record in a remote store cannot be read, in upstream's words; empty if it can."""
+    if row.offset + length > end:
+        return "EOF"
+    try:
+        engine.parse_needle(window.take(row.offset, length), volume.version, row.size, offset=row.offset)
+    except engine.NativeError as exc:
+        return str(from_native(exc.code, exc.info, path=volume.dat_path, offset_width=volume.offset_width))
+    except RemoteError as exc:
+        if exc.is_transient:
+            raise
+        return str(exc)
+    return ""
 
 
 def _begin(volume: Volume, idx_fd: int, index_only: bool, resume: ScrubPosition) -> tuple[Scrub, ScrubPosition]:

@@ -26,6 +26,8 @@ from pyvolume.errors import (
     from_native,
     from_os_error,
 )
+from pyvolume.storage.tier import scan
+from pyvolume.storage.tier.handle import RemoteData, TieredVolume
 from pyvolume.storage.volume import NeedleIn
 from pyvolume.types import Ttl
 
@@ -121,7 +123,7 @@ class Snapshot:
                     continue
                 yield from self._pieces(window, record)
 
-    def _pieces(self, window: _Window, record: engine.ScanRec) -> Iterator[Piece]:
+    def _pieces(self, window: _Window | scan.Window, record: engine.ScanRec | scan.Header) -> Iterator[Piece]:
         header = memoryview(_HEADER.pack(record.cookie, record.id, record.size))
         at, end = record.offset + HEADER_BYTES, min(record.end, self.end)
         is_long = end - at > PIECE_BYTES
@@ -140,6 +142,65 @@ class Snapshot:
         if len(view) < length:
             raise CorruptNeedle("EOF", path=self.volume.dat_path, offset=offset)
         return view
+
+
+@dataclass
+class RemoteSnapshot(Snapshot):
+    """Of a volume whose data is in a remote store. There is no dat_fd; methods may also raise RemoteError."""
+
+    remote: RemoteData | None = None
+
+    def _read(self, offset: int, length: int) -> bytes:
+        assert self.remote is not None
+        return bytes(self.remote.backend.read_at(self.remote.key, offset, min(length, self.end - offset)))
+
+    def find_since(self, since_ns: int) -> int | None:
+        """As Snapshot.find_since. The last record is looked at first: mostly nothing is newer."""
+        found = self._row_before(self.rows)
+        if found is None or self._time_of(found[1]) <= since_ns:
+            return None
+        low, high, at = 0, found[0], found[1].offset
+        while low < high:  # the row at `high` is newer than since_ns, those before `low` are not
+            middle = self._row_before((low + high) // 2 + 1)
+            if middle is None or middle[0] < low:
+                low = (low + high) // 2 + 1
+                continue
+            if self._time_of(middle[1]) > since_ns:
+                high, at = middle[0], middle[1].offset
+            else:
+                low = (low + high) // 2 + 1
+        return at
+
+    def _row_before(self, end: int) -> tuple[int, engine.IdxRow] | None:
+        """The last row before `end` that has a record."""
+        count = 1  # rows without a record are rare
+        while end > 0:
+            first = max(0, end - count)
+            rows = engine.idx_read(self.idx_fd, self.volume.offset_width, first, end - first)
+            for back, row in enumerate(reversed(rows), 1):
+                if row.offset:
+                    return first + len(rows) - back, row
+            end, count = first, SCAN_RECORDS
+        return None
+
+    def _time_of(self, row: engine.IdxRow) -> int:
+        if self.volume.version != CURRENT_VERSION:
+            return 0
+        at = row.offset + HEADER_BYTES + max(row.size, 0) + _CHECKSUM
+        if at + _TIME.size > self.end:
+            raise CorruptNeedle("EOF", path=self.volume.dat_path, offset=row.offset)
+        return int(_TIME.unpack(self._read(at, _TIME.size))[0])
+
+    def records(self, start: int) -> Iterator[Piece]:
+        """As Snapshot.records."""
+        window = scan.Window(self._view_at, self.end, PIECE_BYTES)
+        for header in scan.headers(window, self.volume.version, start, self.end):
+            if header.id == 0 and header.cookie == 0 and header.size == 0:
+                continue
+            yield from self._pieces(window, header)
+
+    def _view_at(self, offset: int, length: int) -> memoryview:
+        return memoryview(self._read(offset, length))
 
 
 class _Window:
@@ -165,9 +226,15 @@ def snapshot(volume: Volume) -> Iterator[Snapshot]:
     """The files of a volume as they are now. Raises VolumeClosed, DiskError."""
     with contextlib.ExitStack() as stack:
         for _ in range(_OPEN_ATTEMPTS):
-            stat = volume.stat()
+            handle, stat = volume.handle, volume.stat()
             if not volume.is_open:
                 raise VolumeClosed(f"volume {volume.vid} is closed")
+            if isinstance(handle, TieredVolume):
+                idx_fd = _open(volume.idx_path)
+                stack.callback(os.close, idx_fd)
+                rows = stat.idx_bytes // (12 + volume.offset_width)
+                yield RemoteSnapshot(volume, -1, idx_fd, rows, handle.remote.size, remote=handle.remote)
+                return
             dat_fd = _open(volume.dat_path)
             stack.callback(os.close, dat_fd)
             idx_fd = _open(volume.idx_path)

@@ -570,9 +570,10 @@ class Volume:
             self._take_over(handle, options, self.idx_directory)
 
     def _open_remote(self, remote: RemoteData) -> tuple[HandleOptions, engine.Volume]:
-        """Needs the state lock."""
+        """Needs the state lock. The map stays of its kind until the next load, but for one in a database."""
         old = self._options
-        options = HandleOptions(sorted_map=True, maps=old.maps, map_timeout_h=old.map_timeout_h, remote=remote)
+        sorted_map = old.sorted_map or old.maps is not None
+        options = HandleOptions(sorted_map=sorted_map, maps=old.maps, map_timeout_h=old.map_timeout_h, remote=remote)
         options.idx_readonly = old.idx_readonly
         handle = open_remote_handle(
             self.dat_path, self.idx_path, vid=self.vid, options=options, offset_width=self.offset_width, ttl=self.ttl

@@ -118,7 +118,7 @@ def test_a_round_trip(store: Store, s3_server: FakeS3) -> None:
     up(store)
     [key] = s3_server.keys()
     assert s3_server.data(key) == local
-    assert names(store) == {"7.idx", "7.sdx", "7.vif"}
+    assert names(store) == {"7.idx", "7.vif"}
     assert [vars_of(file) for file in vif.load(volume.vif_path).info.files] == [
         ("s3", "default", key, 0, len(local), mtime, ".dat")
     ]
@@ -340,7 +340,7 @@ def test_a_cancelled_download_leaves_the_volume_tiered(store: Store, s3_server: 
     seen: list[int] = []
     with pytest.raises(TransferStopped):
         down(store, watcher=Watcher(seen.append, lambda: not seen))
-    assert names(store) == {"7.idx", "7.sdx", "7.vif"} and len(s3_server.keys()) == 1
+    assert names(store) == {"7.idx", "7.vif"} and len(s3_server.keys()) == 1
     check(volume)
 
 
@@ -421,7 +421,7 @@ def test_vacuum_is_refused(store: Store, s3_server: FakeS3) -> None:
     up(store)
     with pytest.raises(StorageError, match=r"^volume 7 backend is empty remote:true$"):
         compact.compact(volume)
-    assert names(store) == {"7.idx", "7.sdx", "7.vif"}
+    assert names(store) == {"7.idx", "7.vif"}
 
 
 @pytest.mark.parametrize("kind", ["leveldb", "memory"])

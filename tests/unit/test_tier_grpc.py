@@ -43,13 +43,13 @@ def up(server: Server, **more: object) -> None:
 
 def test_upload_read_delete_download(server: Server, s3_server: FakeS3) -> None:
     up(server)
-    assert server.files() == {"c_7.idx", "c_7.sdx", "c_7.vif"}
+    assert server.files() == {"c_7.idx", "c_7.vif"}
     assert content(server.volume(7), 3) == b"3" * 1000
     up(server)  # already there: nothing to do
     answer = server.call("BatchDelete", file_ids=[f"7,4{COOKIE:08x}"])
     assert answer.first.results[0].status == 202
     assert server.call(DOWN, volume_id=7, collection="c").code is Code.OK
-    assert server.files() == {"c_7.dat", "c_7.idx", "c_7.sdx", "c_7.vif"} and s3_server.keys() == []
+    assert server.files() == {"c_7.dat", "c_7.idx", "c_7.vif"} and s3_server.keys() == []
     again = server.call(DOWN, volume_id=7, collection="c")
     assert (again.code, again.details) == (Code.UNKNOWN, "volume 7 is already on local disk")
 
@@ -181,3 +181,69 @@ def test_a_tiered_volume_is_copied_by_its_index(server: Server, s3_server: FakeS
         assert content(target.volume(7), 5) == b"5" * 1000
     finally:
         target.end()
+
+
+# ------------------------------------------------------------------------------------------- scans of a tiered volume
+
+
+def tailed(server: Server, since_ns: int) -> list[tuple[bytes, bytes]]:
+    """Records of VolumeTailSender from since_ns on, up to its first heartbeat."""
+    stream = server.client.open_stream(
+        "VolumeTailSender", {"volume_id": 7, "since_ns": since_ns, "idle_timeout_seconds": 1}
+    )
+    found: list[tuple[bytes, bytes]] = []
+    for message in stream:
+        if not message.needle_header:
+            stream.cancel()
+            break
+        found.append((message.needle_header, message.needle_body))
+        if message.is_last_chunk and len(found) == 5:
+            stream.cancel()
+            break
+    return found
+
+
+def test_scans_say_the_same_as_of_a_local_volume(server: Server, s3_server: FakeS3) -> None:
+    volume = server.volume(7)
+    volume.delete_needle(2, COOKIE)
+    times = [volume.read_needle(key).append_at_ns for key in (1, 3, 4, 5)]
+
+    def asked() -> list[object]:
+        everything = [m.SerializeToString() for m in server.call("ReadAllNeedles", volume_ids=[7]).messages]
+        since = [
+            [m.file_content for m in server.call("VolumeIncrementalCopy", volume_id=7, since_ns=at).messages]
+            for at in (0, *times, times[-1] + (1 << 40))
+        ]
+        return [everything, since, tailed(server, times[2]), tailed(server, times[2] - 1), tailed(server, 1 << 62)]
+
+    before = asked()
+    assert len(before[0]) == 5, "the deleted one, too, as upstream"  # type: ignore[arg-type]
+    up(server)
+    assert asked() == before
+    volume.delete_needle(5, COOKIE)
+    assert tailed(server, times[2]) == before[2], "a delete there has no record"
+
+
+def test_scrub(server: Server, s3_server: FakeS3) -> None:
+    def scrubbed(mode: int) -> tuple[int, list[str], list[int]]:
+        found = server.call("ScrubVolume", volume_ids=[7], mode=mode).first
+        return found.total_files, list(found.details), list(found.broken_volume_ids)
+
+    index, full = 1, 2
+    server.volume(7).delete_needle(2, COOKIE)
+    before = scrubbed(index), scrubbed(full)
+    up(server)
+    assert (scrubbed(index), scrubbed(full)) == before
+    server.volume(7).delete_needle(5, COOKIE)
+    assert scrubbed(full) == (7, [], [])
+    [stored] = s3_server.objects.values()
+    at = server.volume(7).lookup(4).offset + 30
+    stored.data = stored.data[:at] + b"?" + stored.data[at + 1 :]
+    count, details, broken = scrubbed(full)
+    assert (count, broken) == (7, [7]) and len(details) == 1
+    assert details[0].startswith("failed to read needle 4 on volume 7: invalid CRC for needle 4 ")
+    assert scrubbed(index) == (7, [], [])
+    s3_server.hook = lambda seen: 0
+    answer = server.call("ScrubVolume", volume_ids=[7], mode=full, mark_broken_volumes_readonly=True)
+    assert answer.code is Code.UNKNOWN and "GetObject" in answer.details, "no answer says nothing of the volume"
+    assert not server.volume(7).no_write_or_delete

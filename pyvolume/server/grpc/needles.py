@@ -28,6 +28,7 @@ from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.grpc.calls import Call, Handler
 from pyvolume.server.grpc.status import Refusal
 from pyvolume.server.grpc.sync import volume_or_not_found
+from pyvolume.storage.tier import scan
 from pyvolume.types import MAX_VOLUME_BYTES, FileId, Ttl, parse_key_cookie, parse_uint
 
 if TYPE_CHECKING:
@@ -315,6 +316,15 @@ def read_all_needles(call: Call, request: Any) -> Iterator[Any]:
 
 def _read_volume(call: Call, volume: Volume) -> Iterator[Any]:
     offset = volume.handle.superblock_bytes
+    if volume.is_remote:
+        end, revision = volume.dat_bytes, volume.compaction_revision
+        window = scan.Window(lambda at, length: volume.pread(at, length, revision), end)
+        for header in scan.headers(window, volume.version, offset, end):
+            call.check()
+            if _is_current(volume, header.id, header.offset):
+                raw = bytes(window.take(header.offset, header.record_len))
+                yield _needle_message(volume, raw, header.offset)
+        return
     try:
         fd = os.open(volume.dat_path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
