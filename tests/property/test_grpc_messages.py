@@ -1,4 +1,4 @@
-"""Random, extreme and empty messages to every RPC of a real server: it lives, and touches nothing that is not its own."""
+"""Random, extreme and empty messages to every RPC of a real server: it lives and touches nothing but its own files."""
 
 from __future__ import annotations
 
