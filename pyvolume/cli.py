@@ -139,7 +139,7 @@ def manpage_parser() -> argparse.ArgumentParser:
         for flag in flags:
             if title == "global flags" and flag.name == "options":
                 continue
-            text = flag.help + (f" (not yet: {flag.later})" if flag.later else "")
+            text = flag.help
             default = "" if callable(flag.default) else config.shown_default(flag, flag.default)
             text += f" (default {default})" if default else ""
             group.add_argument(f"-{flag.name}", metavar=flag.kind.word or "bool", help=text.replace("%", "%%"))

@@ -319,12 +319,8 @@ class Flag:
     default: Any
     help: str
     scope: str = VOLUME
-    later: str = ""
-    """Not empty: the flag is accepted but what it is for is not there yet; the text says what is missing."""
     ours: bool = False
     """A flag upstream does not have."""
-    asks: Callable[[Any], bool] | None = None
-    """Which values ask for what is not there yet; any but the default if None."""
 
     def default_value(self, environ: Mapping[str, str]) -> Any:
         return self.default(environ) if callable(self.default) else self.default
@@ -445,7 +441,6 @@ def _volume_flags() -> tuple[Flag, ...]:
             BOOL,
             False,
             "let FetchAndWriteNeedle read from any address, loopback and metadata services included",
-            later="FetchAndWriteNeedle is not served",
         ),
         Flag("whiteList", STRING, "", "addresses and networks that may write and administer, all if empty"),
     )
@@ -861,12 +856,6 @@ def _parsed_flags(
     warnings = []
     if rest:
         warnings.append(_stray_warning(rest, words))
-    for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS):
-        if not flag.later or flag.name not in given:
-            continue
-        value = values[flag.name]
-        if flag.asks(value) if flag.asks is not None else value != flag.default:
-            warnings.append(f"-{flag.name} ({given[flag.name]}) is accepted but does nothing yet: {flag.later}")
     return ParsedFlags(dict(values), dict(given), tuple(warnings), _log_config(values))
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
 from pyvolume.errors import PyvolumeError
+from pyvolume.ops import endpoint_guard
 
 DIAL_TIMEOUT_S = 10.0
 HEADER_TIMEOUT_S = 30.0  # from the last byte of the request to the end of the response's head
@@ -73,7 +74,8 @@ class Cancel:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def _hold(self, sock: socket.socket) -> None:
+    def hold(self, sock: socket.socket) -> None:
+        """Has `cancel` shut this socket down, at once if it was called already."""
         with self._lock:
             self._sockets.add(sock)
             late = self._cancelled
@@ -81,7 +83,8 @@ class Cancel:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def _let_go(self, sock: socket.socket) -> None:
+    def let_go(self, sock: socket.socket) -> None:
+        """The request on this socket is over."""
         with self._lock:
             self._sockets.discard(sock)
 
@@ -180,13 +183,21 @@ class PeerClient:
     """Connections to all peers of one server. Thread-safe.
 
     tls: gives the context for https to peers (`https.client`) at each dial, None for plain http. source_ip: local
-    address for targets that are not loopback, None to leave it to the system.
+    address for targets that are not loopback, None to leave it to the system. guarded: the targets come from a request,
+    so every address passes the endpoint guard when it is dialled.
     """
 
-    def __init__(self, tls: Callable[[], ssl.SSLContext] | None = None, source_ip: str | None = None) -> None:
+    def __init__(
+        self,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        source_ip: str | None = None,
+        *,
+        guarded: bool = False,
+    ) -> None:
         self.tls = tls
         self.scheme = "https" if tls is not None else "http"
         self._source_ip = source_ip
+        self._guarded = guarded
         self._lock = threading.Lock()
         self._idle: OrderedDict[str, list[_Connection]] = OrderedDict()
         self._idle_count = 0
@@ -226,7 +237,7 @@ class PeerClient:
         self, connection: _Connection, method: str, parts: Sequence[Buffer], cancel: Cancel | None
     ) -> PeerResponse:
         if cancel is not None:
-            cancel._hold(connection.sock)
+            cancel.hold(connection.sock)
         step = "write"
         try:
             try:
@@ -245,7 +256,7 @@ class PeerClient:
             raise _failure(exc, step, connection) from exc
         finally:
             if cancel is not None:
-                cancel._let_go(connection.sock)
+                cancel.let_go(connection.sock)
         return PeerResponse(self, connection, raw)
 
     @staticmethod
@@ -326,7 +337,10 @@ class PeerClient:
         if self._source_ip is not None and _takes_source(name, self._source_ip):
             source = (self._source_ip, 0)
         try:
-            sock = socket.create_connection((name, port), timeout_s, source)
+            rule = endpoint_guard.Rule(host, allow_private=True) if self._guarded else None
+            sock = endpoint_guard.dial(name, port, rule, timeout_s, source)
+        except endpoint_guard.EndpointRefused as exc:
+            raise PeerError(str(exc)) from exc
         except socket.gaierror as exc:
             raise PeerError(f"dial tcp: lookup {name}: no such host") from exc
         except TimeoutError as exc:
@@ -335,8 +349,6 @@ class PeerClient:
             refused = isinstance(exc, ConnectionRefusedError)
             kind = Failure.REFUSED if refused else Failure.OTHER
             raise PeerError(f"dial tcp {host}: connect: {_reason(exc)}", kind) from exc
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if self.tls is None:
             return _Connection(sock, host)
         try:

@@ -19,11 +19,12 @@ from urllib.parse import quote_plus
 from pyvolume._native import http as native
 from pyvolume.errors import PyvolumeError
 from pyvolume.ops import gojson
-from pyvolume.ops.context import Location, Ops
+from pyvolume.ops.context import Events, Location, Ops
 from pyvolume.ops.gourl import encode_path
-from pyvolume.ops.peers import Buffer, Cancel, Failure, PeerError, PeerResponse
+from pyvolume.ops.peers import Buffer, Cancel, Failure, PeerClient, PeerError, PeerResponse
 
 if TYPE_CHECKING:
+    from pyvolume._native.http import MimeTable
     from pyvolume.storage.volume import Volume
 
 WRITE_DIAL_S = 10.0
@@ -58,17 +59,17 @@ class ReplicaWrite:
 
     path: bytes  # decoded, with extension
     data: Buffer
-    name: bytes
-    mime: bytes
-    pairs: bytes
-    compressed: bool
-    manifest: bool
     last_modified_s: int
-    ttl: str
-    fsync: bool
-    md5: bytes
     token: str
     request_id: str
+    name: bytes = b""
+    mime: bytes = b""
+    pairs: bytes = b""
+    compressed: bool = False
+    manifest: bool = False
+    ttl: str = ""
+    fsync: bool = False
+    md5: bytes = b""
 
 
 def write(ops: Ops, vid: int, locations: Sequence[Location], needle: ReplicaWrite) -> None:
@@ -156,8 +157,21 @@ class _PeerRefusal(PeerError):
 
 def _write_to(ops: Ops, location: Location, needle: ReplicaWrite, cancel: Cancel | None) -> None:
     target = f"{encode_path(needle.path)}?{_write_query(needle)}"
-    url = f"{ops.peers.scheme}://{location.url}{target}"
-    head, tail, boundary = _part(ops, needle, url)
+    upload(ops.peers, ops.mime, ops.events, location.url, target, needle, cancel)
+
+
+def upload(
+    peers: PeerClient,
+    mime: MimeTable,
+    events: Events,
+    host: str,
+    target: str,
+    needle: ReplicaWrite,
+    cancel: Cancel | None,
+) -> None:
+    """Posts a needle to a path (with query) of a server, in the form that servers send each other. Raises PeerError."""
+    url = f"{peers.scheme}://{host}{target}"
+    head, tail, boundary = _part(mime, needle, url)
     headers = [("Content-Type", f"multipart/form-data; boundary={boundary}")]
     for name, value in native.parse_pairs(needle.pairs) if needle.pairs else ():
         headers.append((f"Seaweed-{name.decode('latin-1')}", value.decode("latin-1")))
@@ -165,18 +179,18 @@ def _write_to(ops: Ops, location: Location, needle: ReplicaWrite, cancel: Cancel
         headers.append(("Authorization", f"Bearer {needle.token}"))
     headers.append(("X-Amz-Request-Id", needle.request_id))
     try:
-        response = ops.peers.request(
-            "POST", location.url, target, headers, (head, needle.data, tail), dial_timeout_s=WRITE_DIAL_S, cancel=cancel
+        response = peers.request(
+            "POST", host, target, headers, (head, needle.data, tail), dial_timeout_s=WRITE_DIAL_S, cancel=cancel
         )
     except PeerError as exc:
-        ops.events.upload_error(0)
+        events.upload_error(0)
         shown = needle.name.decode("utf-8", "surrogateescape")
         text = f'upload {shown} {len(needle.data)} bytes to {url}: Post "{url}": {exc}'
         raise PeerError(text, exc.kind) from exc
     if response.status == 204:
         response.read(0)
         return
-    _check_reply(ops, response, url)
+    _check_reply(events, response, url)
 
 
 def _write_query(needle: ReplicaWrite) -> str:
@@ -193,7 +207,7 @@ def _write_query(needle: ReplicaWrite) -> str:
     return "&".join(pairs)
 
 
-def _part(ops: Ops, needle: ReplicaWrite, url: str) -> tuple[bytes, bytes, str]:
+def _part(table: MimeTable, needle: ReplicaWrite, url: str) -> tuple[bytes, bytes, str]:
     """Head and tail of the one-part form around the data, and its boundary."""
     boundary = os.urandom(30).hex()
     disposition = native.content_disposition(needle.name, attachment=False).removeprefix(b"inline; ")
@@ -202,19 +216,19 @@ def _part(ops: Ops, needle: ReplicaWrite, url: str) -> tuple[bytes, bytes, str]:
         lines.append(b"Content-Encoding: gzip")
     if needle.md5:
         lines.append(b"Content-Md5: " + needle.md5)
-    mime = needle.mime or ops.mime.lookup(native.name_ext(needle.name).lower())
+    mime = needle.mime or table.lookup(native.name_ext(needle.name).lower())
     if mime:
         lines.append(b"Content-Type: " + mime)
     lines.append(b"Idempotency-Key: " + url.encode("latin-1"))
     return b"\r\n".join(lines) + b"\r\n\r\n", f"\r\n--{boundary}--\r\n".encode(), boundary
 
 
-def _check_reply(ops: Ops, response: PeerResponse, url: str) -> None:
+def _check_reply(events: Events, response: PeerResponse, url: str) -> None:
     """Anything that parses as JSON without an `error` is success; the status itself is not looked at."""
     try:
         body = response.read(_REPLY_LIMIT)
     except PeerError as exc:
-        ops.events.upload_error(response.status)
+        events.upload_error(response.status)
         raise PeerError(f"read response body {url}: {exc}", exc.kind) from exc
     try:
         reply = gojson.loads(body)
@@ -222,11 +236,11 @@ def _check_reply(ops: Ops, response: PeerResponse, url: str) -> None:
             kind = "array" if isinstance(reply, list) else "string" if isinstance(reply, str) else "number"
             raise ValueError(f"json: cannot unmarshal {kind} into Go value of type operation.UploadResult")
     except (ValueError, RecursionError) as exc:
-        ops.events.upload_error(response.status)
+        events.upload_error(response.status)
         raise _PeerRefusal(f"unmarshal {url}: {exc}") from exc
     error = reply.get("error") if reply else None
     if error:
-        ops.events.upload_error(response.status)
+        events.upload_error(response.status)
         raise _PeerRefusal(f"unmarshalled error {url}: {error}")
 
 

@@ -6,6 +6,8 @@ the same server when their `host:port` texts are equal, names are never resolved
 
 from __future__ import annotations
 
+import ipaddress
+
 GRPC_PORT_OFFSET = 10000
 _MAX_PORT = 65535
 
@@ -50,3 +52,12 @@ def with_grpc_port(address: str, grpc_port: int) -> str:
 def same_server(left: str, right: str) -> bool:
     """True when both name the same `host:port`."""
     return left == right or http_address(left) == http_address(right)
+
+
+def source_ip(bind_ip: str) -> str | None:
+    """The address that outgoing connections come from: -ip.bind if it is one particular address."""
+    try:
+        address = ipaddress.ip_address(bind_ip)
+    except ValueError:
+        return None
+    return None if address.is_unspecified or address.is_loopback else bind_ip

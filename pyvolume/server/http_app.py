@@ -7,7 +7,6 @@ parts of server except lifecycle.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import mmap
 import os
@@ -48,7 +47,7 @@ from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
 from pyvolume.server import http_pages, profiling, ui
-from pyvolume.server.address import join_host_port, with_grpc_port
+from pyvolume.server.address import join_host_port, source_ip, with_grpc_port
 from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
@@ -113,7 +112,7 @@ def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
         security=lambda: context.security,
         store=context.store,
         cluster=_Cluster(context),
-        peers=PeerClient(https_client.current if https_client is not None else None, _source_ip(config.bind_ip)),
+        peers=PeerClient(https_client.current if https_client is not None else None, source_ip(config.bind_ip)),
         mime=native.MimeTable.from_system(),
         uploads=ByteGate(config.upload_limit_bytes, config.upload_wait_s, MAX_BLOCKED),
         downloads=ByteGate(config.download_limit_bytes, config.download_wait_s, MAX_BLOCKED),
@@ -124,15 +123,6 @@ def make_ops(context: ServerContext, events: Events | None = None) -> Ops:
     ops.fetch_self = lambda request: _SelfFetched(read.get(ops, request))
     ops.ec = reader_of(context)
     return ops
-
-
-def _source_ip(bind_ip: str) -> str | None:
-    """The address that outgoing connections come from: -ip.bind if it is one particular address."""
-    try:
-        address = ipaddress.ip_address(bind_ip)
-    except ValueError:
-        return None
-    return None if address.is_unspecified or address.is_loopback else bind_ip
 
 
 class _SelfFetched:

@@ -339,21 +339,14 @@ def test_no_warning_without_a_stray_word() -> None:
     assert parse_flags(["volume", "-port=1", "-rack", "false"], {}).warnings == ()
 
 
-def test_flags_that_do_nothing_yet_warn_when_set() -> None:
+def test_no_flag_warns_that_it_does_nothing() -> None:
     for flag in (*GLOBAL_FLAGS, *VOLUME_FLAGS):
         other = {"": "true", "int": "7", "string": "x", "value": "1", "uint": "7", "duration": "7s"}[flag.kind.word]
         if flag.name in ("options", "offsetBytes", "vmodule", "log_backtrace_at"):
             continue
         if flag.name == "index":
             other = "leveldb"
-        warnings = parse_flags([f"-{flag.name}={other}"], {}).warnings
-        expected = [f"-{flag.name} (command line) is accepted but does nothing yet: {flag.later}"] if flag.later else []
-        assert list(warnings) == expected
-
-
-@pytest.mark.parametrize("word", ["-fastLane=false", "-index=redb", "-index=memory", "-metricsPort=0", "-pprof=false"])
-def test_no_warning_for_a_value_that_is_honoured(word: str) -> None:
-    assert parse_flags([word], {}).warnings == ()
+        assert parse_flags([f"-{flag.name}={other}"], {}).warnings == ()
 
 
 # --- forms of calls --------------------------------------------------------------------------------------------------

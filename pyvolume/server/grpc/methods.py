@@ -32,6 +32,7 @@ class Kind(Enum):
     EC_READ = "EC read"
     EC_WORK = "EC work"
     TIER = "tier"
+    REMOTE = "remote fetch"
 
 
 LIMITS: dict[Kind, int] = {
@@ -43,6 +44,7 @@ LIMITS: dict[Kind, int] = {
     Kind.EC_READ: 64,
     Kind.EC_WORK: 12,
     Kind.TIER: 8,
+    Kind.REMOTE: 128,
 }
 """Threads by kind. UNARY is not enforced by a semaphore: it is what is left of the pool for short calls, which wait."""
 
@@ -121,7 +123,7 @@ RPCS: dict[str, Rpc] = {
         # remote storage
         Rpc("VolumeTierMoveDatToRemote", _W, _M, _CHANGES, Kind.TIER),
         Rpc("VolumeTierMoveDatFromRemote", _W, _NO_M, _CHANGES, Kind.TIER),
-        Rpc("FetchAndWriteNeedle", _W, _M, _CHANGES),
+        Rpc("FetchAndWriteNeedle", _W, _M, _CHANGES, Kind.REMOTE),
     )
 }
 

@@ -23,6 +23,7 @@ from pyvolume.server.grpc import (
     ec,
     needles,
     query,
+    remote,
     scrub,
     server_info,
     sync,
@@ -63,6 +64,7 @@ HANDLERS: dict[str, Handler] = {
     **query.HANDLERS,
     **scrub.HANDLERS,
     **tier.HANDLERS,
+    **remote.HANDLERS,
 }
 """What is served; an RPC of the service that is not here answers UNIMPLEMENTED."""
 
