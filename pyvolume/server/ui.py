@@ -171,20 +171,20 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, _Markup) else escape(str(value))
 
 
-def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[Any]]) -> str:
-    """columns: (title, whether numbers stand in it)."""
-    head = "".join(f'<th scope="col"{" class=n" if number else ""}>{escape(title)}</th>' for title, number in columns)
+def _table(title: str, columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[Any]]) -> str:
+    """columns: (title, whether numbers stand in it). `title` names the part that scrolls to who cannot see it."""
+    head = "".join(f'<th scope="col"{" class=n" if number else ""}>{escape(name)}</th>' for name, number in columns)
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td data-label="{escape(title)}"{" class=n" if number else ""}><span>{_cell(cell)}</span></td>'
-            for (title, number), cell in zip(columns, row, strict=True)
+            f'<td data-label="{escape(name)}"{" class=n" if number else ""}><span>{_cell(cell)}</span></td>'
+            for (name, number), cell in zip(columns, row, strict=True)
         )
         + "</tr>\n"
         for row in rows
     )
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n"
         "</table></div>\n"
     )
@@ -276,7 +276,7 @@ def page(context: ServerContext, counts: ReadCounts) -> bytes:
         f'<tr><th scope="row">{escape(title)}</th><td{f" id={name}" if name else ""}>{escape(text)}</td></tr>\n'
         for title, text, name in system
     )
-    volumes = _table(_VOLUME_COLUMNS, map(_volume_row, local[:FIRST_ROWS]))
+    volumes = _table("Volumes", _VOLUME_COLUMNS, map(_volume_row, local[:FIRST_ROWS]))
     parts = [
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>SeaweedFS {version}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -287,7 +287,7 @@ def page(context: ServerContext, counts: ReadCounts) -> bytes:
         '<section><div class="bar"><h2>Requests</h2></div>\n<div id="plots"><noscript>The plots need '
         "the script of this server.</noscript></div></section>\n",
         '<section id="disks"><div class="bar"><h2>Disk Stats</h2></div>\n'
-        f"{_table(_DISK_COLUMNS, _disk_rows(context))}</section>\n",
+        f"{_table('Disk Stats', _DISK_COLUMNS, _disk_rows(context))}</section>\n",
         _section("volumes", "Volumes", volumes, min(len(local), FIRST_ROWS), len(local)),
     ]
     if remote:
@@ -295,14 +295,14 @@ def page(context: ServerContext, counts: ReadCounts) -> bytes:
             (r["id"], r["collection"], size_text(r["size"]), r["files"], _trash(r), r["remote"], r["key"])
             for r in remote[:FIRST_ROWS]
         )
-        table = _table(_REMOTE_COLUMNS, rows)
+        table = _table("Remote Volumes", _REMOTE_COLUMNS, rows)
         parts.append(_section("remote", "Remote Volumes", table, min(len(remote), FIRST_ROWS), len(remote)))
     if coded:
         rows_ec = (
             (r["id"], r["collection"], size_text(r["size"]), r["count"], r["shards"], r["created"])
             for r in coded[:FIRST_ROWS]
         )
-        table = _table(_EC_COLUMNS, rows_ec)
+        table = _table("Erasure Coding Shards", _EC_COLUMNS, rows_ec)
         parts.append(_section("ec", "Erasure Coding Shards", table, min(len(coded), FIRST_ROWS), len(coded)))
     parts.append(
         f'<section id="system"><div class="bar"><h2>System Stats</h2></div>\n<table>\n<tbody>\n{system_rows}</tbody>\n'

@@ -2,7 +2,8 @@
 "use strict";
 
 (() => {
-  const PAGE_ROWS = 100;
+  const isNarrow = window.matchMedia("(max-width: 40rem)");
+  const pageRows = () => (isNarrow.matches ? 20 : 100); /* on a phone a row is a card */
   const REFRESH_MS = 5000;
   const SVG = "http://www.w3.org/2000/svg";
 
@@ -42,6 +43,7 @@
 
   /* How a column shows and sorts a value of a row. */
   const shows = {
+    id: (value) => [String(value)],
     text: (value) => [String(value)],
     number: (value) => [value.toLocaleString("en-US")],
     size: (value) => [size(value)],
@@ -51,7 +53,7 @@
       return [meter(value, `garbage ${text}`, [0.3, 0.6]), text];
     },
   };
-  const isNumeric = (kind) => kind === "number" || kind === "size" || kind === "garbage";
+  const isNumeric = (kind) => kind !== "text" && kind !== "flag";
 
   /* Turns the table of a section into a live one. columns: [title, key, kind]. */
   class LiveTable {
@@ -130,10 +132,11 @@
     }
 
     draw() {
-      const pages = Math.max(1, Math.ceil(this.shown.length / PAGE_ROWS));
+      const most = pageRows();
+      const pages = Math.max(1, Math.ceil(this.shown.length / most));
       this.page = Math.min(Math.max(this.page, 0), pages - 1);
-      const start = this.page * PAGE_ROWS;
-      const rows = this.shown.slice(start, start + PAGE_ROWS).map((row) =>
+      const start = this.page * most;
+      const rows = this.shown.slice(start, start + most).map((row) =>
         element(
           "tr",
           {},
@@ -215,32 +218,38 @@
   let drawnPoints = [];
   const plots = (points) => {
     drawnPoints = points;
-    const columns = getComputedStyle(document.getElementById("plots")).gridTemplateColumns;
-    WIDTH = Math.max(200, Math.round(parseFloat(columns)) || 600);
+    const place = document.getElementById("plots");
     const names = ["reads", "writes", "deletes"];
     const lines = (key) => names.map((name) => ({ name, of: (point) => point[name][key] }));
-    document.getElementById("plots").replaceChildren(
-      plot("Requests", "per second", points, lines("rate")),
-      plot("Latency, median", "ms", points, lines("p50_ms")),
-      plot("Latency, 99th percentile", "ms", points, lines("p99_ms")),
-    );
+    const draw = () =>
+      place.replaceChildren(
+        plot("Requests", "per second", points, lines("rate")),
+        plot("Latency, median", "ms", points, lines("p50_ms")),
+        plot("Latency, 99th percentile", "ms", points, lines("p99_ms")),
+      );
+    draw();
+    const width = Math.round(place.querySelector("svg").getBoundingClientRect().width);
+    if (width >= 200 && Math.abs(width - WIDTH) > 4) {
+      WIDTH = width;
+      draw();
+    }
   };
 
   /* ---- page ---- */
 
   const COLUMNS = {
     volumes: [
-      ["Id", "id", "number"], ["Collection", "collection", "text"], ["Disk", "disk", "text"], ["Data Size", "size", "size"],
+      ["Id", "id", "id"], ["Collection", "collection", "text"], ["Disk", "disk", "text"], ["Data Size", "size", "size"],
       ["Files", "files", "number"], ["Trash", "trash", "number"], ["Trash Size", "trash_size", "size"],
       ["Garbage", "garbage", "garbage"], ["TTL", "ttl", "text"], ["Replication", "replication", "text"],
       ["ReadOnly", "read_only", "flag"], ["Version", "version", "number"],
     ],
     remote: [
-      ["Id", "id", "number"], ["Collection", "collection", "text"], ["Size", "size", "size"], ["Files", "files", "number"],
+      ["Id", "id", "id"], ["Collection", "collection", "text"], ["Size", "size", "size"], ["Files", "files", "number"],
       ["Trash", "trash", "number"], ["Trash Size", "trash_size", "size"], ["Remote", "remote", "text"], ["Key", "key", "text"],
     ],
     ec: [
-      ["Id", "id", "number"], ["Collection", "collection", "text"], ["Total Size", "size", "size"],
+      ["Id", "id", "id"], ["Collection", "collection", "text"], ["Total Size", "size", "size"],
       ["Shards", "count", "number"], ["Shard Details", "shards", "text"], ["CreatedAt", "created", "text"],
     ],
   };
@@ -278,6 +287,7 @@
     }
   };
   window.addEventListener("resize", () => plots(drawnPoints));
+  isNarrow.addEventListener("change", () => Object.values(tables).forEach((table) => table.draw()));
   refresh();
   setInterval(refresh, REFRESH_MS);
 })();
