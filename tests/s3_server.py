@@ -324,7 +324,7 @@ class GoS3:
         arguments = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.directory / 'data'}", "-s3", "-filer"]
         arguments += [f"-s3.port={self.port}", f"-s3.config={self.directory / 's3.json'}", "-volume.max=20"]
         arguments += ["-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=0", f"-s3.port.grpc={self._grpc['s3']}"]
-        arguments += ["-s3.port.iceberg=0", "-webdav=false"]
+        arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false"]
         for name, port in self._ports.items():
             arguments += [f"-{name}.port={port}", f"-{name}.port.grpc={self._grpc[name]}"]
         with (self.directory / "weed.log").open("ab") as log:
