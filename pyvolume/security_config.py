@@ -182,13 +182,21 @@ def search_directories(config_dir: str, environ: Mapping[str, str]) -> list[Path
     return directories
 
 
-def find_file(base: str, directories: Sequence[Path]) -> Path | None:
-    """The first `<base>.<extension>` there is; within a directory json goes before toml."""
+def find_file(base: str, directories: Sequence[Path], hidden: list[OSError] | None = None) -> Path | None:
+    """The first `<base>.<extension>` there is; within a directory json goes before toml.
+
+    Directories that may not be searched count as empty, as upstream has it; why goes to `hidden`.
+    """
     for directory in directories:
         for extension in EXTENSIONS:
             path = directory / f"{base}.{extension}"
-            if path.is_file():
-                return path
+            try:
+                if path.is_file():
+                    return path
+            except OSError as exc:
+                if hidden is not None:
+                    hidden.append(exc)
+                break
     return None
 
 
@@ -220,10 +228,18 @@ def _beyond_int64(value: Any) -> int | None:
 
 def load_optional(settings: Settings, base: str, config_dir: str, environ: Mapping[str, str]) -> None:
     """Searches, reads and merges one base name. A missing file is fine; a broken one is logged and passed over, but for
-    the security file: SecurityError, as for one in a format that only upstream reads.
+    the security file: SecurityError, as for one in a format that only upstream reads, and for a place that may not be
+    searched, unless that is the current directory or the home directory: those are often another user's.
     """
     directories = search_directories(config_dir, environ)
-    path = find_file(base, directories)
+    hidden: list[OSError] = []
+    path = find_file(base, directories, hidden)
+    for error in hidden:
+        place = Path(str(error.filename)).parent
+        reason = f"{place}: {error_text(error)}: a {base}.toml in it could not be seen"
+        if base == "security" and place not in (Path("."), directories[-3]):
+            raise SecurityError(reason)
+        _log.warning("%s", reason)
     if path is None:
         places = " ".join(str(directory.absolute()) for directory in directories)
         _log.log(V1, 'Reading : Config File "%s" Not Found in "[%s]"', base, places)

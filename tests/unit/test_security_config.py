@@ -82,6 +82,43 @@ def test_home_directory_is_searched(tmp_path: Path) -> None:
     assert loader(tmp_path).load().jwt_read_key == b"r"
 
 
+class Locked:
+    """Directories that may not be searched, for whoever runs the tests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
+        is_file = Path.is_file
+
+        def look(path: Path) -> bool:
+            if path.parent in places:
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_file(path)
+
+        monkeypatch.setattr(Path, "is_file", look)
+
+
+def test_a_home_of_another_user_ended_the_start_with_a_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "home" / ".seaweedfs"
+    Locked(monkeypatch, Path("."), home)
+    assert loader(tmp_path).load() == SecurityConfig()
+    assert f"{home}: permission denied: a security.toml in it could not be seen" in caplog.messages
+    assert loader(tmp_path, BOTH_KEYS).load().jwt_write_key == b"w"
+
+
+def test_a_place_for_settings_that_may_not_be_searched_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Locked(monkeypatch, Path("/etc/seaweedfs"))
+    made = loader(tmp_path)
+    with pytest.raises(SecurityError, match=r"/etc/seaweedfs: permission denied: a security\.toml in it"):
+        made.load()
+    Locked(monkeypatch, tmp_path / "conf")
+    with pytest.raises(SecurityError, match="conf: permission denied"):
+        made.load()
+    assert made.load_disk_probe() == DiskProbeConfig()
+
+
 def test_json_before_toml(tmp_path: Path) -> None:
     (tmp_path / "conf" / "security.json").write_text('{"JWT": {"Signing": {"KEY": "from json"}}}')
     assert loader(tmp_path, BOTH_KEYS).load().jwt_write_key == b"from json"
