@@ -317,15 +317,20 @@ def test_many_clients_read_and_write_at_once(bench: Make, authority: Authority, 
 
 
 def test_two_hundred_silent_clients_cost_an_honest_one_nothing(
-    bench: Make, authority: Authority, volume: Identity
+    bench: Make, authority: Authority, volume: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The honest client is answered while all the others wait: for a server that waited with them it would be too late.
+
+    How long its connections took is printed (pytest -s).
+    """
     server = bench(https_settings(volume))
+    monkeypatch.setattr(server.handshakes, "_limit_s", 600.0)
     with contextlib.ExitStack() as stack:
         for number in range(200):
             silent = stack.enter_context(socket.create_connection((HOST, server.port), TIMEOUT_S))
             if number % 2:
                 silent.sendall(b"\x16\x03\x01\x02\x00\x01")  # a handshake that stops after six bytes
-        wait_for(lambda: server.handshakes.unfinished >= 200, "all are waiting")
+        wait_for(lambda: server.handshakes.unfinished == 200, "all are waiting")
         context = authority.client()
         times = []
         for _ in range(100):
@@ -333,8 +338,9 @@ def test_two_hundred_silent_clients_cost_an_honest_one_nothing(
             with connect(context, server.port) as sock:
                 assert ask(sock, get("/status"))[0] == 200
             times.append(time.monotonic() - started)
-        assert sorted(times)[98] < 1.0
-        assert server.handshakes.unfinished >= 200, "they were there all the time"
+            assert server.handshakes.unfinished >= 200, "they are there all the time"
+        times.sort()
+        print(f"connect, handshake, answer: p50 {times[49] * 1000:.1f} ms, p99 {times[98] * 1000:.1f} ms")
 
 
 def test_handshake_has_a_deadline_and_the_oldest_give_way(authority: Authority, volume: Identity) -> None:
