@@ -1,4 +1,5 @@
-"""A cluster with mutual TLS for gRPC, HTTPS everywhere and signing keys: Go master, Go volume server and ours.
+"""A cluster with mutual TLS for gRPC, HTTPS everywhere and signing keys: Go master, filer, shell and volume server, and
+ours.
 
 Needs the binary of upstream: WEED_BIN=/path/to/weed. Without it these tests are skipped.
 """
@@ -19,8 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from unit.tls_helpers import HOST, Authority, Identity
+
+from pyvolume.server.rpc import VOLUME_SERVICE, method_classes
 
 WEED = os.environ.get("WEED_BIN", "")
 LIMIT_S = 60.0
@@ -57,17 +61,19 @@ def security_toml(authority: Authority, names: dict[str, Identity]) -> str:
         '[jwt.signing]\nkey = "write-secret"\nexpires_after_seconds = 60\n'
         '[jwt.signing.read]\nkey = "read-secret"\nexpires_after_seconds = 60\n'
         f"[grpc]\n{ca}"
-        + pair("grpc.master", names["master"], 'allowed_commonNames = "master,volume,client"\n')
-        + pair("grpc.volume", names["volume"], 'allowed_commonNames = "master,volume,client"\n')
+        + pair("grpc.master", names["master"], 'allowed_commonNames = "master,volume,client,filer"\n')
+        + pair("grpc.volume", names["volume"], 'allowed_commonNames = "master,volume,client,filer"\n')
+        + pair("grpc.filer", names["filer"], 'allowed_commonNames = "master,volume,client,filer"\n')
         + pair("grpc.client", names["client"])
         + pair("https.master", names["master"], ca)
         + pair("https.volume", names["volume"], ca)
+        + pair("https.filer", names["filer"], ca)
         + pair("https.client", names["client"], f"enabled = true\n{ca}")
     )
 
 
 class Cluster:
-    """A Go master, a Go volume server and ours, in one rack."""
+    """A Go master and filer, a Go volume server and ours, in one rack."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -76,7 +82,8 @@ class Cluster:
         # gRPC of the cluster knows roles, not hosts: the volume servers' names are those of no machine. HTTPS of Go
         # clients does look at them, so that 127.0.0.1 is in every certificate.
         self.names = {
-            name: issue(name, f"{name}.role", HOST, common_name=name) for name in ("master", "volume", "client")
+            name: issue(name, f"{name}.role", HOST, common_name=name)
+            for name in ("master", "volume", "client", "filer")
         }
         self.conf = base / "conf"
         self.conf.mkdir()
@@ -85,8 +92,8 @@ class Cluster:
         self.own_conf = base / "own"
         self.own_conf.mkdir()
         (self.own_conf / "security.toml").write_text(text + '[tls]\nmin_version = "TLS 1.3"\n')
-        self.master, self.go, self.own = free_port(), free_port(), free_port()
-        self.ports = {port: free_port() for port in (self.master, self.go, self.own)}
+        self.master, self.go, self.own, self.filer = (free_port() for _ in range(4))
+        self.ports = {port: free_port() for port in (self.master, self.go, self.own, self.filer)}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.client = self.authority.client(self.names["client"])
 
@@ -102,7 +109,7 @@ class Cluster:
         return (self.base / f"{name}.log").read_text(errors="replace")
 
     def start(self) -> None:
-        for name in ("m", "g", "o"):
+        for name in ("m", "g", "o", "f"):
             (self.base / name).mkdir()
         where = f"-ip={HOST}"
         master = [
@@ -112,7 +119,7 @@ class Cluster:
             "-peers=none",
         ]
         self.run("master", WEED, f"-config_dir={self.conf}", "master", where, *master, "-volumeSizeLimitMB=32")
-        volume = [where, f"-master={HOST}:{self.master}.{self.ports[self.master]}", "-max=20", "-preStopSeconds=0"]
+        volume = [where, f"-master={HOST}:{self.master}.{self.ports[self.master]}", "-max=60", "-preStopSeconds=0"]
         go = [f"-port={self.go}", f"-port.grpc={self.ports[self.go]}", f"-dir={self.base}/g"]
         self.run("go", WEED, f"-config_dir={self.conf}", "volume", *volume, *go)
         own = [f"-port={self.own}", f"-port.grpc={self.ports[self.own]}", f"-dir={self.base}/o"]
@@ -127,9 +134,16 @@ class Cluster:
             *volume,
             *own,
         )
+        where_master = f"-master={HOST}:{self.master}.{self.ports[self.master]}"
+        filer = [f"-port={self.filer}", f"-port.grpc={self.ports[self.filer]}", f"-defaultStoreDir={self.base}/f"]
+        self.run("filer", WEED, f"-config_dir={self.conf}", "filer", where, where_master, *filer)
         wait_for(self.joined, "both volume servers joined")
         for port in (self.go, self.own):  # Go joins before it listens
             wait_for(lambda port=port: self.ask("GET", f"{HOST}:{port}/healthz")[0] == 200, "serving")
+        wait_for(self.filer_ready, "the filer serves")
+
+    def filer_ready(self) -> bool:
+        return self.ask("GET", f"{HOST}:{self.filer}/")[0] == 200
 
     def joined(self) -> bool:
         racks = self.json("/dir/status")["Topology"]["DataCenters"][0]["Racks"]
@@ -167,6 +181,9 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=20, context=self.client) as answer:
             return json.load(answer), str(answer.headers["Authorization"] or "")[len("Bearer ") :]
 
+    def located(self, vid: str) -> list[str]:
+        return sorted(place["url"] for place in self.json(f"/dir/lookup?volumeId={vid}")["locations"])
+
     def read_token(self, fid: str) -> str:
         return self.signed(f"/dir/lookup?fileId={fid}&read=yes")[1]
 
@@ -192,7 +209,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.start()
         yield made
     except BaseException:
-        for name in ("master", "go", "own"):
+        for name in ("master", "go", "own", "filer"):
             with contextlib.suppress(OSError):
                 print(f"--- {name}\n{made.log(name)[-4000:]}")
         raise
@@ -241,6 +258,48 @@ def test_reads_are_proxied_over_tls(cluster: Cluster) -> None:
     assert seen == servers
 
 
+def test_files_of_a_filer_are_written_read_and_deleted(cluster: Cluster) -> None:
+    """The filer signs nothing for itself here: it has the master's tokens to write, and signs its own to read."""
+    filer = f"{HOST}:{cluster.filer}"
+    holders: dict[str, str] = {}
+    for number in range(60):
+        path, data = f"{filer}/dir/{number}.bin", os.urandom(30_000)
+        assert cluster.ask("PUT", f"{path}?collection=filed", data)[0] == 201
+        assert cluster.ask("GET", path) == (200, data)
+        entry = json.loads(cluster.ask("GET", f"{path}?metadata=true")[1])
+        fid = entry["chunks"][0]["file_id"]
+        found, token = cluster.signed(f"/dir/lookup?fileId={fid}&read=yes")
+        holder = found["locations"][0]["url"]
+        assert cluster.ask("GET", f"{holder}/{fid}")[0] == 401, "chunks are for those with a token"
+        assert cluster.ask("GET", f"{holder}/{fid}", token=token) == (200, data)
+        assert cluster.ask("DELETE", path)[0] == 204
+        holders[holder] = fid
+        if len(holders) == 2:
+            break
+    assert len(holders) == 2, "both servers had some"
+    for holder, fid in holders.items():
+        token = cluster.read_token(fid)
+        wait_for(lambda: cluster.ask("GET", f"{holder}/{fid}", token=token)[0] == 404, "the filer deletes its chunks")  # noqa: B023
+
+
+def test_volumes_are_copied_over_mutual_tls(cluster: Cluster) -> None:
+    given = assign(cluster, "collection=copied")
+    fid, vid, data = given["fid"], given["fid"].partition(",")[0], b"copied" * 9000
+    assert cluster.ask("PUT", f"{given['url']}/{fid}", data, given["auth"])[0] == 201
+    there = given["url"]
+    read = cluster.read_token(fid)
+    for _ in range(2):  # there and back: each server pulls once
+        (other,) = {f"{HOST}:{cluster.own}", f"{HOST}:{cluster.go}"} - {there}
+        dotted = [f"{one}.{cluster.ports[int(one.rpartition(':')[2])]}" for one in (there, other)]
+        out = cluster.shell(
+            f"volume.copy -volumeId={vid} -source={dotted[0]} -target={dotted[1]}",
+            f"volume.delete -volumeId={vid} -node={dotted[0]}",
+        )
+        wait_for(lambda: cluster.located(vid) == [other], out)  # noqa: B023
+        assert cluster.ask("GET", f"{other}/{fid}", token=read) == (200, data)
+        there = other
+
+
 def test_shell_works_over_mutual_tls(cluster: Cluster) -> None:
     for _ in range(3):
         given = assign(cluster, "collection=shell&replication=001")
@@ -272,6 +331,28 @@ def test_shards_travel_over_mutual_tls(cluster: Cluster) -> None:
     read = cluster.read_token(fid)
     for port in (cluster.own, cluster.go):
         wait_for(lambda port=port: cluster.ask("GET", f"{HOST}:{port}/{fid}", token=read) == (200, data), "the file")
+    assert cluster.ask("DELETE", f"{HOST}:{cluster.own}/{fid}")[0] == 401, "no token"
+    assert cluster.ask("DELETE", f"{HOST}:{cluster.own}/{fid}", token=given["auth"])[0] == 202
+    wait_for(lambda: cluster.ask("GET", f"{HOST}:{cluster.own}/{fid}", token=read)[0] == 404, "deleted")
+
+
+def call_delete(cluster: Cluster, identity: Identity | None) -> grpc.RpcError:
+    """How VolumeDelete at our server ends for this client; without an identity it comes in plain text."""
+    target = f"{HOST}:{cluster.ports[cluster.own]}"
+    if identity is None:
+        channel = grpc.insecure_channel(target)
+    else:
+        files = (cluster.authority.path, identity.key, identity.cert)
+        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+        channel = grpc.secure_channel(target, credentials, (("grpc.ssl_target_name_override", "volume.role"),))
+    path, request_class, _ = method_classes(VOLUME_SERVICE, "VolumeDelete")
+    try:
+        channel.unary_unary(path)(request_class(volume_id=1).SerializeToString(), timeout=20)
+    except grpc.RpcError as exc:
+        return exc
+    finally:
+        channel.close()
+    raise AssertionError("served")
 
 
 def test_who_has_no_right_is_refused_on_each_path(cluster: Cluster, tmp_path: Path) -> None:
@@ -291,7 +372,12 @@ def test_who_has_no_right_is_refused_on_each_path(cluster: Cluster, tmp_path: Pa
             while sock.recv(4096):
                 pass
             raise ConnectionResetError("closed without a word, as others do it")
-    other = cluster.authority.issue("filer", "filer.role")
+    other = cluster.authority.issue("somebody", "somebody.role")
+    refused = call_delete(cluster, other)
+    assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert refused.details() == "Authenticate: invalid subject client common name: somebody"
+    assert call_delete(cluster, stranger).code() is grpc.StatusCode.UNAVAILABLE
+    assert call_delete(cluster, None).code() is grpc.StatusCode.UNAVAILABLE
     conf = tmp_path / "conf"
     conf.mkdir()
     text = security_toml(cluster.authority, {**cluster.names, "client": other})
