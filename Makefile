@@ -104,7 +104,7 @@ fuzz: system-packages ## libFuzzer targets, FUZZ_S seconds each (needs clang)
 	$(MAKE) -s -C csrc fuzz FUZZ_S=$(FUZZ_S)
 
 fuzz-py: build ## hostile input for the Python edges, FUZZ_S seconds for each
-	PYVOLUME_FUZZ_S=$(FUZZ_S) $(BIN)/python -m pytest -q --timeout 0 tests/property/test_edges.py
+	PYVOLUME_FUZZ_S=$(FUZZ_S) $(BIN)/python -m pytest -q --timeout 0 -p no:logging tests/property/test_edges.py
 
 bench: build ## benchmark tables; WEED_BIN and WEED_VOLUME_RUST add the references, measured in turns
 	$(BIN)/python -m tools.bench
