@@ -210,7 +210,9 @@ PV_API int pv_map_put(pv_map *m, uint64_t key, uint64_t offset, int32_t size, ui
                       int32_t *old_size) PV_WUR;
 /* Negates the size of a key (0 becomes -1) and counts. *old_size: size before; PV_ENOTFOUND if the key is unknown. */
 PV_API int pv_map_delete(pv_map *m, uint64_t key, int32_t *old_size) PV_WUR;
-/* Replays rows [first_row, end) of an index file: storage.md 5 and 15 ("memory, after reload"). first_row 0 for a load. */
+/* Replays rows [first_row, end) of an index file: storage.md 5 and 15 ("memory, after reload"). first_row 0 for a load. Into
+ * an empty map a long index whose keys come shuffled is replayed in the order of keys (pv_shuffled.c); then after an error
+ * the map is good for nothing, else it has *rows_done rows. */
 PV_API int pv_map_load(pv_map *m, int fd, uint64_t first_row, uint64_t *rows_done, pv_errinfo *err) PV_WUR;
 /* Copies up to max entries with key >= from in ascending order; returns the count. */
 PV_API int pv_map_visit(pv_map *m, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;

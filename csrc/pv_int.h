@@ -158,6 +158,13 @@ void pv__pages_free(void *p, size_t len);
 
 /* ------------------------------------------------------------------ needle map (pv_map.c) */
 
+/* Replays rows that were read; *done goes up by those that are in. */
+int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *done) PV_WUR;
+/* pv_shuffled.c: replays [first_row, first_row + rows) of an index in the order of keys; all of these rows are there. Takes
+ * 8 bytes a row until it returns. d = 1: PV_ESYS, PV_EEOF, PV_ECORRUPT (the file changed meanwhile); else PV_ENOMEM,
+ * PV_ERANGE. */
+#define PV__SHUFFLED_ROWS_MAX ((uint64_t)1 << 31)
+int pv__map_load_shuffled(pv_map *m, int fd, uint8_t width, uint64_t first_row, uint64_t rows, pv_errinfo *err) PV_WUR;
 /* pv_map_load of at most max_rows rows. */
 int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, uint64_t *rows_done,
                       pv_errinfo *err) PV_WUR;

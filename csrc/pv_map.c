@@ -43,7 +43,11 @@
 #define ARENA_MMAP_MIN (64U * 1024U) /* bytes; smaller chunks come from malloc */
 
 #define LOAD_ROWS 4096U
-#define LOAD_AHEAD 6 /* rows whose leaves are on their way from memory while one is applied */
+#define SAMPLES 32U /* places at which a load looks whether an index is in order */
+#define SAMPLE_ROWS 1024U
+#define SHUFFLED_SHARE 8U                /* more than an eighth below one before: they are not */
+#define SHUFFLED_MIN ((uint64_t)1 << 18) /* rows left for which bringing them into order pays */
+#define LOAD_AHEAD 6                     /* rows whose leaves are on their way from memory while one is applied */
 
 #define CACHE_LINE 64U
 #define PREFETCH_BYTES 256U
@@ -135,8 +139,8 @@ struct pv_map {
     size_t leaf_count;
     uint64_t units8_max;
     uint8_t width;
-    pv__sorted *sorted; /* then the entries are in a file, and all the above is unused */
-    pv_map_stats stats; /* memory_bytes is computed when asked for */
+    pv__sorted *sorted;    /* then the entries are in a file, and all the above is unused */
+    pv_map_stats stats;    /* memory_bytes is computed when asked for */
 };
 
 /* ------------------------------------------------------------------ cells of a leaf */
@@ -918,43 +922,93 @@ static int apply_row(pv_map *m, const pv_idx_row *row) {
     return 0;
 }
 
+int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *done) {
+    int rc = 0;
+    pv__wrlock(&m->lock);
+    for (size_t i = 0; i < count && rc >= 0; i++) {
+        if (m->root_count > 0 && i + LOAD_AHEAD < count) {
+            const inner *node = m->root[root_find(m, rows[i + LOAD_AHEAD].key)].node;
+            leaf_prefetch(node->leaves[inner_find(node, rows[i + LOAD_AHEAD].key)]);
+        }
+        rc = apply_row(m, &rows[i]);
+        *done += rc >= 0;
+    }
+    pv__rwunlock(&m->lock);
+    return rc;
+}
+
+/* Whether many rows have a key below one before them, going by samples from all over the file: 1 or 0. */
+static int is_shuffled(int fd, uint8_t width, uint64_t first_row, uint64_t count, pv_idx_row *rows, pv_errinfo *err) {
+    uint64_t key_max = 0;
+    uint64_t late = 0;
+    uint64_t seen = 0;
+    for (uint64_t i = 0; i < SAMPLES; i++) {
+        int got = pv_idx_read(fd, width, first_row + count / SAMPLES * i, rows, SAMPLE_ROWS, err);
+        if (got < 0) {
+            return got;
+        }
+        for (int j = 0; j < got; j++) {
+            late += rows[j].key < key_max;
+            key_max = rows[j].key > key_max ? rows[j].key : key_max;
+        }
+        seen += (uint64_t)got;
+    }
+    return late > seen / SHUFFLED_SHARE;
+}
+
+static int load_in_order(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, pv_idx_row *rows,
+                         uint64_t *rows_done, pv_errinfo *err) {
+    while (*rows_done < max_rows) {
+        size_t want = max_rows - *rows_done < LOAD_ROWS ? (size_t)(max_rows - *rows_done) : LOAD_ROWS;
+        int rc = pv_idx_read(fd, m->width, first_row + *rows_done, rows, want, err);
+        if (rc < 0) {
+            return rc;
+        }
+        size_t count = (size_t)rc;
+        rc = pv__map_apply(m, rows, count, rows_done);
+        if (rc < 0) {
+            return pv__fail(err, rc, *rows_done, 0, 0, 0);
+        }
+        if (count < want) {
+            break;
+        }
+    }
+    return 0;
+}
+
 int pv__map_load_rows(pv_map *m, int fd, uint64_t first_row, uint64_t max_rows, uint64_t *rows_done, pv_errinfo *err) {
     *rows_done = 0;
     if (m->sorted != NULL) {
         return pv__fail(err, PV_EINVAL, 0, 0, 0, 0);
     }
+    uint64_t file_bytes;
+    int rc = pv__io_size(fd, &file_bytes, err);
+    if (rc < 0) {
+        return rc;
+    }
     pv_idx_row *rows = pv__malloc(LOAD_ROWS * sizeof *rows);
     if (rows == NULL) {
         return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
     }
-    int rc = 0;
-    while (*rows_done < max_rows) {
-        size_t want = max_rows - *rows_done < LOAD_ROWS ? (size_t)(max_rows - *rows_done) : LOAD_ROWS;
-        rc = pv_idx_read(fd, m->width, first_row + *rows_done, rows, want, err);
-        if (rc <= 0) {
-            break;
-        }
-        int count = rc;
-        pv__wrlock(&m->lock);
-        for (int i = 0; i < count && rc >= 0; i++) {
-            if (m->root_count > 0 && i + LOAD_AHEAD < count) {
-                const inner *node = m->root[root_find(m, rows[i + LOAD_AHEAD].key)].node;
-                leaf_prefetch(node->leaves[inner_find(node, rows[i + LOAD_AHEAD].key)]);
-            }
-            rc = apply_row(m, &rows[i]);
-            *rows_done += rc >= 0;
-        }
-        pv__rwunlock(&m->lock);
-        if (rc < 0) {
-            rc = pv__fail(err, rc, *rows_done, 0, 0, 0);
-            break;
-        }
-        if ((size_t)count < want) {
-            break;
-        }
+    uint64_t count = file_bytes / (12U + m->width);
+    count = count > first_row ? count - first_row : 0;
+    count = count < max_rows ? count : max_rows;
+    /* Rising keys in the middle of a map find full leaves everywhere: only an empty one takes them fast. */
+    if (m->root_count == 0 && count >= SHUFFLED_MIN && count <= PV__SHUFFLED_ROWS_MAX) {
+        rc = is_shuffled(fd, m->width, first_row, count, rows, err);
+    }
+    bool in_order = rc == 0;
+    if (rc > 0) {
+        rc = pv__map_load_shuffled(m, fd, m->width, first_row, count, err);
+        *rows_done = rc == 0 ? count : 0;
+        in_order = rc == PV_ENOMEM && m->root_count == 0; /* that needs no memory but the map's */
+    }
+    if (in_order) {
+        pv__err_clear(err);
+        rc = load_in_order(m, fd, first_row, max_rows, rows, rows_done, err);
     }
     pv__free(rows);
-    return rc < 0 ? rc : 0;
+    return rc;
 }
 
 int pv_map_load(pv_map *m, int fd, uint64_t first_row, uint64_t *rows_done, pv_errinfo *err) {

@@ -46,13 +46,18 @@ static int replay(const pv_idx_row *rows, size_t count, uint64_t key, uint64_t *
     return known;
 }
 
-static void check_map(int fd, uint8_t width, const pv_idx_row *rows, size_t count) {
+static void check_map(int fd, uint8_t width, const pv_idx_row *rows, size_t count, int by_key) {
     pv_map *m;
     uint64_t done;
     pv_map_stats st;
+    pv_errinfo err;
     must(pv_map_new(width, &m) == 0);
-    must(pv_map_load(m, fd, 0, &done, NULL) == 0);
-    must(done == count);
+    if (by_key) {
+        must(pv__map_load_shuffled(m, fd, width, 0, count, &err) == 0);
+    } else {
+        must(pv_map_load(m, fd, 0, &done, NULL) == 0);
+        must(done == count);
+    }
     uint64_t live = 0;
     for (size_t i = 0; i < count; i++) {
         uint64_t offset = 0;
@@ -106,6 +111,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
     must(rc == 0 && s.rows == (uint64_t)count && s.ragged_bytes == len % row_len && s.file_bytes == len);
     must(s.max_valid_end <= s.max_end && (s.past_end == 0) == (s.max_valid_end <= dat_size));
     must(s.leading_zero_rows <= s.rows && (count == 0 || s.last.key == rows[count - 1].key));
-    check_map(fd, width, rows, (size_t)count);
+    check_map(fd, width, rows, (size_t)count, 0);
+    if (count > 0) {
+        check_map(fd, width, rows, (size_t)count, 1);
+    }
     return 0;
 }

@@ -329,6 +329,156 @@ static void counters_by_the_book(void) {
 
 /* ------------------------------------------------------------------ loading */
 
+/* What keys of a shuffled index may look like. */
+enum spread { KEYS_DENSE, KEYS_GAPS, KEYS_ALL_64_BITS, KEYS_CROWDED, KEYS_ONE_KEY, KEYS_COUNT };
+
+static uint64_t spread_key(enum spread spread, uint64_t *seed) {
+    switch (spread) {
+    case KEYS_DENSE:
+        return t_rand_below(seed, 9000);
+    case KEYS_GAPS:
+        return 1000000 + t_rand_below(seed, 9000) * 77777;
+    case KEYS_ALL_64_BITS:
+        return t_rand_below(seed, 9000) * (UINT64_MAX / 8999);
+    case KEYS_CROWDED: /* nearly all in one bucket, one far away */
+        return t_rand_below(seed, 9000) == 0 ? UINT64_MAX : 7 + t_rand_below(seed, 9000);
+    default:
+        return 5;
+    }
+}
+
+/* An index in the order of its keys, in its own order, and the reference: all the same. */
+static void shuffled_as_in_order(uint8_t width, enum spread spread, bool far, uint64_t rows, uint64_t *seed) {
+    const size_t row_len = 12U + width;
+    const uint64_t units8_max = !far ? 100000 : width == 4 ? UINT32_MAX : ((uint64_t)1 << 40) - 1;
+    uint8_t *buf = malloc((size_t)rows * row_len);
+    CHECK(buf != NULL);
+    ref r = ref_new(9001);
+    for (uint64_t i = 0; i < rows; i++) {
+        pv_idx_row row = {.key = spread_key(spread, seed),
+                          .offset = (1 + t_rand_below(seed, units8_max)) * 8,
+                          .size = (int32_t)t_rand_below(seed, far ? (uint64_t)INT32_MAX + 1 : 5000)};
+        uint64_t odd = t_rand_below(seed, 16);
+        row.size = odd == 0 ? -1 : odd == 1 ? INT32_MIN : odd == 2 ? 0 : row.size;
+        row.offset = odd == 3 ? 0 : row.offset;
+        pv_idx_row_put(&row, width, buf + (size_t)i * row_len);
+        if (row.offset != 0 && row.size >= 0) {
+            ref_put(&r, row.key, row.offset, row.size, true);
+        } else {
+            ref_delete(&r, row.key, true);
+        }
+    }
+    int fd = t_file();
+    CHECK_EQ(pv__io_pwrite(fd, buf, (size_t)rows * row_len, 0, NULL), 0);
+    for (int via_load = 0; via_load < 2; via_load++) {
+        pv_map *m;
+        pv_errinfo err;
+        uint64_t done;
+        CHECK_EQ(pv_map_new(width, &m), 0);
+        CHECK_EQ(via_load ? pv_map_load(m, fd, 0, &done, &err) : pv__map_load_shuffled(m, fd, width, 0, rows, &err), 0);
+        CHECK(!via_load || done == rows);
+        same_stats(m, &r);
+        same_everything(m, &r);
+        pv_map_free(m);
+    }
+    close(fd);
+    free(buf);
+    free(r.slots);
+}
+
+static void shuffled(void) {
+    uint64_t seed = 4;
+    for (int spread = 0; spread < KEYS_COUNT; spread++) {
+        for (uint8_t width = 4; width <= 5; width++) {
+            for (int far = 0; far < 2; far++) {
+                shuffled_as_in_order(width, (enum spread)spread, far, 1, &seed);
+                shuffled_as_in_order(width, (enum spread)spread, far, 70000, &seed);
+            }
+        }
+    }
+    shuffled_as_in_order(4, KEYS_DENSE, false, 300000, &seed); /* long enough for a load to do it by itself */
+    shuffled_as_in_order(5, KEYS_ALL_64_BITS, true, 300000, &seed);
+}
+
+/* A file that is cut or changed while it is loaded is an error, whichever pass meets it. */
+typedef struct meddler {
+    int fd;
+    unsigned at_read; /* which read is preceded by the change */
+    unsigned seen;
+    bool cuts;
+} meddler;
+
+static int meddle(void *arg, const pv__io_event *ev, size_t *len) {
+    (void)len;
+    meddler *d = arg;
+    if (ev->op == PV__IO_PREAD && ++d->seen == d->at_read) {
+        uint8_t row[16] = {0xff};
+        memset(row, 0xff, 12);
+        row[12] = 0x7f;
+        if (d->cuts) {
+            CHECK(ftruncate(d->fd, 16 * 1000) == 0);
+        } else {
+            for (unsigned i = 0; i < 20000; i++) {
+                CHECK(pwrite(d->fd, row, sizeof row, i * 16) == 16);
+            }
+        }
+    }
+    return 0;
+}
+
+static void shuffled_index_that_changes(void) {
+    for (unsigned at_read = 1, failures = 1; failures > 0; at_read += 7) {
+        failures = 0;
+        for (int cuts = 0; cuts < 2; cuts++) {
+            int fd = t_file();
+            uint64_t seed = 9;
+            for (uint64_t i = 0; i < 20000; i++) {
+                uint8_t buf[16];
+                const pv_idx_row row = {.key = t_rand_below(&seed, 9000), .offset = 8 * i + 8, .size = 100};
+                pv_idx_row_put(&row, 4, buf);
+                CHECK(pwrite(fd, buf, 16, (off_t)i * 16) == 16);
+            }
+            meddler d = {.fd = fd, .at_read = at_read, .cuts = cuts};
+            pv_map *m;
+            pv_errinfo err;
+            CHECK_EQ(pv_map_new(4, &m), 0);
+            pv__io_set_hook(meddle, &d);
+            int rc = pv__map_load_shuffled(m, fd, 4, 0, 20000, &err);
+            pv__io_set_hook(NULL, NULL);
+            CHECK(rc == 0 || rc == PV_EEOF || rc == PV_ECORRUPT);
+            CHECK(!cuts || at_read > 80 || rc == PV_EEOF); /* there are three passes of 40 reads */
+            failures += rc != 0 || d.seen >= at_read;
+            pv_map_free(m);
+            close(fd);
+        }
+        CHECK(at_read > 7 || failures > 0);
+    }
+}
+
+static void shuffled_without_memory(void) {
+    int fd = t_file();
+    uint64_t seed = 9;
+    for (uint64_t i = 0; i < 5000; i++) {
+        uint8_t buf[16];
+        const pv_idx_row row = {.key = t_rand_below(&seed, 9000), .offset = 8 * i + 8, .size = 100};
+        pv_idx_row_put(&row, 4, buf);
+        CHECK(pwrite(fd, buf, 16, (off_t)i * 16) == 16);
+    }
+    bool done = false;
+    for (long nth = 1; !done; nth++) {
+        pv_map *m;
+        pv_errinfo err;
+        CHECK_EQ(pv_map_new(4, &m), 0);
+        pv__alloc_fail_at(nth);
+        int rc = pv__map_load_shuffled(m, fd, 4, 0, 5000, &err);
+        (void)pv__alloc_fail_at(0);
+        done = rc == 0;
+        CHECK(done ? nth > 8 : rc == PV_ENOMEM && err.code == PV_ENOMEM);
+        pv_map_free(m);
+    }
+    close(fd);
+}
+
 static pv_idx_row log_row(uint8_t width, uint64_t i, uint64_t *seed) {
     pv_idx_row row = {
         .key = t_rand_below(seed, 5000) * 3, .offset = made_offset(width, i, seed), .size = made_size(seed)};
@@ -649,6 +799,9 @@ int main(void) {
     RUN(counters_by_the_book);
     RUN(all_key_shapes);
     RUN(loading);
+    RUN(shuffled);
+    RUN(shuffled_index_that_changes);
+    RUN(shuffled_without_memory);
     RUN(golden_index);
     RUN(want_of_memory_all);
     RUN(load_without_memory);

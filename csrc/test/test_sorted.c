@@ -93,6 +93,8 @@ static void a_delete_marks_the_row_and_lasts(void) {
     const pv_idx_row gone = {.key = 77, .offset = 9000, .size = -1};
     pv_idx_row_put(&gone, 4, buf);
     CHECK(pwrite(fd, buf, 16, 16 * 200) == 16); /* the index first, as the engine does */
+    const struct timespec earlier[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+    CHECK(futimens(fd, earlier) == 0); /* clocks of file systems are coarse: both could be changed in one tick */
     CHECK_EQ(pv_map_delete(m, 77, &old_size), 0);
     CHECK_EQ(old_size, 78);
     CHECK_EQ(pv_map_delete(m, 1000, &old_size), PV_ENOTFOUND);

@@ -1,4 +1,4 @@
-"""`make bench`: throughput, latency and cost at 16 connections; start-up and memory with a million needles.
+"""`make bench`: throughput, latency and cost at 16 connections; start with ten million needles, vacuum, deletion.
 
 Every figure of a table is measured in the same run, the servers in turns, one loaded at a time; what counts is the
 ratio. WEED_BIN and WEED_VOLUME_RUST add the reference servers. Results go to the terminal and to bench-results/.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench import pinned, targets
+from tools.bench import pinned, storage, targets
 from tools.bench.targets import HOST, Target
 
 NEEDLES_FOR_READS = {1024: 2000, 4 << 20: 24}
@@ -167,63 +167,6 @@ class Bench:
                 f"| {ratio:.2f} |"
             )
 
-    def start_and_memory(self) -> None:
-        n = self.args.needles
-        golden = self.base / "golden"
-        golden.mkdir()
-        make_volume(golden, n)
-        self.say(f"\n## Start with one volume of {n:,} needles\n")
-        self.say("Time from exec until the last needle is read; page cache warm. Memory is resident MiB.\n")
-        self.say("| server | start s | empty MiB | loaded MiB | peak MiB | bytes/needle | ratio |")
-        self.say("|---|--:|--:|--:|--:|--:|--:|")
-        rows: dict[str, list[tuple[float, float, float, float]]] = {}
-        for _turn in range(self.args.rounds):
-            for t in self.volume_targets():
-                empty = self.base / "empty"
-                shutil.rmtree(empty, ignore_errors=True)
-                empty.mkdir()
-                t.start(empty)
-                idle, _ = t.memory_mib()
-                t.stop()
-                copy = self.base / "copy"
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(golden, copy)
-                began = time.monotonic()
-                t.start(copy)
-                while t.get_status(f"/{VID},{n:x}01234567") != 200:
-                    if time.monotonic() - began > 120:
-                        raise RuntimeError(f"{t.name} never served the last needle")
-                    time.sleep(0.01)
-                took = time.monotonic() - began
-                now, peak = t.memory_mib()
-                t.stop()
-                rows.setdefault(t.name, []).append((took, idle, now, peak))
-        base_time = statistics.median(r[0] for r in rows["pyvolume"])
-        for name, rs in rows.items():
-            took, idle, now, peak = (statistics.median(r[i] for r in rs) for i in range(4))
-            per = (now - idle) * (1 << 20) / n
-            self.say(
-                f"| {name} | {took:.2f} | {idle:.1f} | {now:.1f} | {peak:.1f} | {per:.1f} | {took / base_time:.2f} |"
-            )
-
-
-def make_volume(directory: Path, needles: int) -> None:
-    """A volume of small needles with keys 1..n, written by the engine."""
-    from pyvolume._native import engine
-
-    volume = engine.Volume.open(
-        str(directory / f"{VID}.dat"),
-        str(directory / f"{VID}.idx"),
-        vid=VID,
-        flags=engine.OpenFlag.CREATE,
-        offset_width=4,
-        superblock=bytes([3, 0, 0, 0, 0, 0, 0, 0]),
-    )
-    data = os.urandom(64)
-    for key in range(1, needles + 1):
-        volume.write(key, 0x01234567, data, flags=0, check_cookie=False)
-    volume.close()
-
 
 def machine() -> str:
     cpu = next(
@@ -244,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--needles", type=int, default=1_000_000)
+    parser.add_argument("--needles", type=int, default=10_000_000)
     parser.add_argument("--wsgi", action="store_true", help="measure -fastLane=false too")
-    parser.add_argument("--only", choices=["requests", "start", "pinned"], help="one table")
+    parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES], help="one table")
     args = parser.parse_args(argv)
     bench = Bench(args)
     try:
@@ -255,8 +198,9 @@ def main(argv: list[str] | None = None) -> int:
             bench.throughput()
         if args.only in (None, "pinned"):
             pinned.run(bench)
-        if args.only in (None, "start"):
-            bench.start_and_memory()
+        for name, table in storage.TABLES.items():
+            if args.only in (None, name):
+                table(bench)
     finally:
         bench.close()
     out = Path("bench-results")

@@ -18,6 +18,10 @@ HOST = "127.0.0.1"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
+class DidNotStart(RuntimeError):
+    """A server ended, or did not answer within its time."""
+
+
 @dataclass
 class Target:
     """One server process. `command` gets the common flags appended unless it is the bare app."""
@@ -34,7 +38,7 @@ class Target:
     data: Path | None = None
 
     def start(self, data: Path, limit_s: float = 120.0) -> float:
-        """Starts the server on a directory; returns seconds until it answers."""
+        """Starts the server on a directory; returns seconds until it answers. Raises DidNotStart."""
         self.data = data
         argv = [*self.command]
         if self.bare_body_bytes is not None:
@@ -59,7 +63,7 @@ class Target:
             if self.get_status("/healthz") is not None:
                 return time.monotonic() - began
             time.sleep(0.01)
-        raise RuntimeError(f"{self.name} did not start; see {self.base / (self.name + '.log')}")
+        raise DidNotStart(f"{self.name} did not start in {limit_s:.0f} s; see {self.base / (self.name + '.log')}")
 
     def get_status(self, path: str) -> int | None:
         try:
