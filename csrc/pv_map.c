@@ -139,8 +139,8 @@ struct pv_map {
     size_t leaf_count;
     uint64_t units8_max;
     uint8_t width;
-    pv__sorted *sorted;    /* then the entries are in a file, and all the above is unused */
-    pv_map_stats stats;    /* memory_bytes is computed when asked for */
+    pv__sorted *sorted; /* then the entries are in a file, and all the above is unused */
+    pv_map_stats stats; /* memory_bytes is computed when asked for */
 };
 
 /* ------------------------------------------------------------------ cells of a leaf */
