@@ -60,11 +60,18 @@ class AdminAdmission:
     """Admission of the admin port. `bind` it to its server before the first request."""
 
     def __init__(
-        self, ops: Ops, slots: Slots, tier_slots: Slots, is_page: Callable[[bytes], bool], finish: Finish
+        self,
+        ops: Ops,
+        slots: Slots,
+        tier_slots: Slots,
+        picture_slots: Slots,
+        is_page: Callable[[bytes], bool],
+        finish: Finish,
     ) -> None:
         self._ops = ops
         self.slots = slots
         self.tier_slots = tier_slots
+        self.picture_slots = picture_slots
         self._is_page = is_page
         self._finish = finish
         self._server: VolumeHTTPServer | None = None
@@ -165,7 +172,9 @@ class AdminAdmission:
                 return None
             volume = ops.store.find_volume(vid)
             if volume is not None:
-                return self._with_slot(head, url, None, self.tier_slots) if volume.is_remote else None
+                if volume.is_remote:
+                    return self._with_slot(head, url, None, self.tier_slots)
+                return self._with_slot(head, url, None, self.picture_slots) if _asks_for_picture(head) else None
             if ops.config.read_mode == "proxy" or ops.store.ec.find(vid) is not None:
                 return self._with_slot(head, url, None)
             return None
@@ -303,8 +312,8 @@ class AdminAdmission:
 
         def give_up() -> None:
             if slots.leave(waiter):
-                others = "remote stores" if slots is self.tier_slots else "other servers"
-                text = f"{slots.limit} requests wait for {others} already"
+                others = {id(self.tier_slots): "remote stores", id(self.picture_slots): "pictures"}
+                text = f"{slots.limit} requests wait for {others.get(id(slots), 'other servers')} already"
                 waiting.refuse(self._refusal(head, url, lambda request: json_error(request, 500, text)))
 
         head.on_end.append(ended)
@@ -326,6 +335,12 @@ class PublicAdmission:
             return self._admin.on_head(head)
         head.read_body = False
         return None
+
+
+def _asks_for_picture(head: RequestHead) -> bool:
+    """Whether the query may ask for a picture to be cut or resized, which few workers do at a time."""
+    query = head.query
+    return bool(query) and (b"width" in query or b"height" in query or b"crop_" in query)
 
 
 def _is_multipart(head: RequestHead) -> bool:

@@ -60,12 +60,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADMIN_THREADS = 80
+ADMIN_THREADS = 88
 PUBLIC_THREADS = 32
 RESERVED_THREADS = 16
 """Of the admin port's workers: never taken by requests that wait for other servers."""
 TIER_THREADS = 16
 """Requests for volumes in a remote store at a time, over both ports: a store that hangs keeps no more workers."""
+PICTURE_THREADS = 8
+"""Reads that may be at pictures at a time, over both ports; two of them compute (ops/images), the others wait."""
 MAX_BLOCKED = 16
 """Reads that may wait for the download limit on a worker; most wait without one."""
 BODY_BYTES_IN_MEMORY = 256 << 20
@@ -387,6 +389,7 @@ class _Shared:
     ops: Ops
     slots: Slots
     tier_slots: Slots
+    picture_slots: Slots
     counts: http_pages.ReadCounts
     listeners: int = 0
 
@@ -408,8 +411,9 @@ def _shared_of(context: ServerContext) -> _Shared:
         if parts is None:
             parts = _Shared(
                 make_ops(context),
-                Slots(ADMIN_THREADS - RESERVED_THREADS - TIER_THREADS),
+                Slots(ADMIN_THREADS - RESERVED_THREADS - TIER_THREADS - PICTURE_THREADS),
                 Slots(TIER_THREADS),
+                Slots(PICTURE_THREADS),
                 http_pages.ReadCounts(),
             )
             _shared.append((context, parts))
@@ -429,7 +433,7 @@ def _make_server(
 ) -> HttpServer:
     parts = _shared_of(context)
     app = App(context, parts.ops, parts.counts, public=public)
-    admin = AdminAdmission(parts.ops, parts.slots, parts.tier_slots, app.is_page, app.refusal)
+    admin = AdminAdmission(parts.ops, parts.slots, parts.tier_slots, parts.picture_slots, app.is_page, app.refusal)
     admission = PublicAdmission(admin) if public else admin
     config = context.config
     make = None

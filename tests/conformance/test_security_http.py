@@ -24,6 +24,8 @@ from PIL import Image
 from pyvolume.log import one_line
 from pyvolume.ops import images
 from pyvolume.security_config import SecurityConfig
+from pyvolume.server import http_admission
+from pyvolume.server.http_app import PICTURE_THREADS
 
 OCTETS = ("Content-Type", "application/octet-stream")
 LIMIT_S = 10.0
@@ -250,6 +252,47 @@ def test_pictures_are_not_blown_up(bench: Bench, query: str) -> None:
 def test_few_pictures_are_in_work_at_a_time(bench: Bench) -> None:
     assert images.MAX_AT_ONCE <= 4
     assert images.MAX_PIXELS * 4 * images.MAX_AT_ONCE <= 1 << 30, "a gigabyte of pixels at most"
+
+
+def test_many_pictures_took_all_workers(tmp_path: Path) -> None:
+    """More readers of pictures than there are workers, while nobody gets on with a picture: others are served."""
+    stored = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stored, "PNG")
+    with serving(tmp_path, fast_lane=False) as bench:
+        picture, other = bench.fid(), bench.fid()
+        assert bench.ask("PUT", f"/{picture}", (("Content-Type", "image/png"),), stored.getvalue()).status == 201
+        assert bench.ask("PUT", f"/{other}", (OCTETS,), b"here").status == 201
+        for _ in range(images.MAX_AT_ONCE):
+            images._slots.acquire()
+        statuses: list[int] = []
+        queries = ("width=20", "height=9", "crop_x2=5&crop_y2=5")
+
+        def read(number: int) -> None:
+            statuses.append(bench.ask("GET", f"/{picture}.png?{queries[number % 3]}").status)
+
+        readers = [threading.Thread(target=read, args=(number,)) for number in range(120)]
+        try:
+            for reader in readers:
+                reader.start()
+            admission = bench.admin.server.admission
+            assert isinstance(admission, http_admission.AdminAdmission)
+            slots = admission.picture_slots
+            deadline = time.monotonic() + LIMIT_S
+            while slots.waiting < len(readers) - slots.limit:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert slots.taken == slots.limit == PICTURE_THREADS
+            assert bench.ask("GET", f"/{other}").body == b"here"
+            client = bench.client(public=True)
+            assert client.ask("GET", f"/{other}").body == b"here"
+            client.close()
+        finally:
+            for _ in range(images.MAX_AT_ONCE):
+                images._slots.release()
+        for reader in readers:
+            reader.join(30)
+        assert statuses == [200] * len(readers)
+        assert slots.taken == 0
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
