@@ -109,6 +109,17 @@ def test_numbers() -> None:
     assert [native.parse_int(t) for t in (b"+5", b"-5", b"x", b"9223372036854775808")] == [5, -5, None, None]
 
 
+def test_names_of_pairs_that_are_taken_for_each_other_are_all_sent() -> None:
+    """Names chosen so that their hashes agree in the bits that are looked at: each is compared, the last value wins."""
+    names = ["aagba", "bfjfj", "bgdch", "cibec", "ebace", "faidb", "hicia"]
+    stored = ",".join(f'"{name}":"{number}"' for number in (1, 2) for name in names)
+    needle = native.GetNeedle(checksum=1, flags=0x20, data_len=1, data=b"x", pairs=f"{{{stored}}}".encode())
+    sent = native.plan_get(native.GetRequest(), needle, None).headers
+    assert [(name, value) for name, value in sent if name.lower() in names] == [
+        (name.capitalize(), "2") for name in names
+    ]
+
+
 def test_pairs() -> None:
     headers = [(b"Host", b"x"), (b"seaweed-foo-bar", b"v1"), (b"SEAWEED-FOO-BAR", b"v2"), (b"Seaweed-A", b"<")]
     assert native.build_pairs(headers) == b'{"A":"\\u003c","Foo-Bar":"v1"}'
