@@ -303,6 +303,68 @@ static void test_versions(void) {
     }
 }
 
+/* No .dat here: look-ups, and deletes that add a row with offset 0. */
+static void test_remote(void) {
+    place p = new_place();
+    pv_vol *v = create(&p);
+    put(v, 1, "one");
+    put(v, 2, "two");
+    put(v, 3, "three");
+    uint64_t length = stat_of(v).dat_bytes;
+    close_and_drop(v);
+    unlink(p.dat);
+
+    pv_vol_opts o = opts_for(&p);
+    pv_errinfo err;
+    pv_write_res res;
+    int32_t size;
+    o.flags = PV_VOL_REMOTE;
+    o.remote_bytes = length;
+    o.superblock.compaction_revision = 5;
+    o.superblock.version = 9;
+    CHECK_EQ(pv_vol_open(&o, &v, &err), PV_EVERSION);
+    o.superblock.version = 3;
+    o.flags = PV_VOL_REMOTE | PV_VOL_CREATE;
+    CHECK_EQ(pv_vol_open(&o, &v, &err), PV_EINVAL);
+    o.flags = PV_VOL_REMOTE;
+    v = open_with(&o);
+    CHECK_EQ(stat_of(v).dat_bytes, length);
+    CHECK_EQ(stat_of(v).no_write, 1);
+    CHECK_EQ(stat_of(v).no_delete, 0);
+    pv_entry e;
+    CHECK_EQ(pv_vol_lookup(v, 2, &e), 0);
+    CHECK_EQ(e.revision, 5);
+    CHECK_EQ(read_code(v, 2, 0), PV_EINVAL);
+    uint8_t buf[8];
+    CHECK_EQ(pv_vol_pread(v, 0, buf, sizeof buf, 5, &err), PV_EINVAL);
+    CHECK_EQ(write_flags(v, 9, "x", 1, 0, &err), PV_EREADONLY);
+    CHECK_EQ(pv_vol_set_readonly(v, 0, 0), PV_EREADONLY);
+    CHECK(del(v, 2) > 0);
+    CHECK_EQ(del(v, 2), -1);
+    CHECK_EQ(del(v, 99), -1);
+    CHECK_EQ(pv_vol_delete(v, 3, COOKIE, 0, PV_WRITE_FSYNC, NULL, &size, &res, &err), 0);
+    CHECK(size > 0 && res.offset == 0);
+    CHECK_EQ(pv_vol_sync(v, &err), 0);
+    CHECK_EQ(file_len(p.idx), 5 * 16);
+    static const uint8_t row[16] = {0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff};
+    uint8_t found[16];
+    file_read(p.idx, 3 * sizeof row, found, sizeof found);
+    CHECK(memcmp(row, found, sizeof row) == 0);
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 1), 0);
+    CHECK_EQ(pv_vol_delete(v, 1, COOKIE, 0, 0, NULL, &size, &res, &err), PV_EREADONLY);
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 0), 0);
+    pv_compact *c;
+    pv_compact_opts how = {.cpd_path = p.dat, .cpx_path = p.dat};
+    CHECK_EQ(pv_compact_begin(v, &how, &c, &err), PV_EINVAL);
+    close_and_drop(v);
+    v = open_with(&o);
+    CHECK_EQ(pv_vol_lookup(v, 1, &e), 0);
+    CHECK_EQ(del(v, 2), -1);
+    close_and_drop(v);
+    CHECK(access(p.dat, F_OK) != 0);
+    drop_place(&p);
+}
+
 static void test_open_errors(void) {
     place p = new_place();
     pv_vol_opts o = opts_for(&p);
@@ -2002,6 +2064,7 @@ int main(void) {
     RUN(test_layout);
     RUN(test_versions);
     RUN(test_open_errors);
+    RUN(test_remote);
     RUN(test_odd_length);
     RUN(test_read_damage);
     RUN(test_size_mismatch_width5);

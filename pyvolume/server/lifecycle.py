@@ -397,7 +397,8 @@ class Process:
     # -- while serving --------------------------------------------------------------------------------------------
 
     def _periodic(self) -> None:
-        """Each minute: free space of all disks, and what follows from it; needle maps on disk, hourly idle ones."""
+        """Each minute: free space of all disks, and what follows from it; needle maps on disk, hourly idle ones;
+        volumes in remote stores."""
         assert self.context is not None
         minutes = 0
         while not self._quit.wait(DISK_CHECK_INTERVAL_S):
@@ -410,6 +411,10 @@ class Process:
                 self.context.store.tend_maps(hour=minutes % MINUTES_PER_HOUR == 0)
             except Exception:  # as above
                 _log.exception("tending the needle maps failed")
+            try:
+                self.context.store.tend_tiered()
+            except Exception:  # as above
+                _log.exception("tending the volumes in remote stores failed")
 
     def request_reload(self) -> None:
         """SIGHUP: reloads now, or once more when the reload that is running has ended."""

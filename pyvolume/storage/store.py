@@ -27,6 +27,7 @@ from pyvolume.errors import (
     BadRequest,
     NativeCode,
     NoFreeLocation,
+    RemoteError,
     StorageError,
     VolumeBusy,
     VolumeExists,
@@ -44,8 +45,10 @@ from pyvolume.storage.ec import encode
 from pyvolume.storage.ec.members import EcMembers
 from pyvolume.storage.ec.volume import EcShardsInfo
 from pyvolume.storage.state import StateFile
+from pyvolume.storage.superblock import SUPER_BLOCK_SIZE, SuperBlock
 from pyvolume.storage.tier import move
 from pyvolume.storage.tier.backends import Backend, Backends, Watcher
+from pyvolume.storage.tier.handle import TieredVolume
 from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo, VolumeStatusInfo
 from pyvolume.storage.volume_load import LoadOptions, create_volume, load_volume
 from pyvolume.types import ReplicaPlacement, Ttl, is_plain_file_part, volume_base_name
@@ -693,6 +696,23 @@ class Store:
                     self.mount_volume(vid)
                 except StorageError as exc:
                     log.warning("volume %d is not mounted, though its store may be known now: %s", vid, exc)
+
+    def tend_tiered(self) -> None:
+        """Reads what could not be read of tiered volumes when they were loaded; to be called each minute.
+
+        Blocks on the network for a few seconds for each store that does not answer.
+        """
+        for volume in self.volumes():
+            handle = volume.handle
+            if not volume.lacks_superblock or not isinstance(handle, TieredVolume):
+                continue
+            try:
+                block = SuperBlock.parse(bytes(handle.remote.backend.read_start(handle.remote.key, SUPER_BLOCK_SIZE)))
+            except RemoteError as exc:
+                log.debug("volume %d: super block: %s", volume.vid, exc)
+                continue
+            volume.take_superblock(block)
+            log.info("volume %d: replication %s, ttl %s", volume.vid, volume.replica_placement, volume.ttl)
 
     def move_to_remote(self, vid: int, collection: str, destination: str, keep_local: bool, watcher: Watcher) -> None:
         """As tier.move.to_remote. Also raises VolumeNotFound, and StorageError for another collection."""

@@ -241,6 +241,8 @@ class Volume:
         self._busy = _Busy()
         self._dat_mtime_s = dat_mtime_s
         self._last_modified_floor_s = dat_mtime_s
+        self.lacks_superblock = False
+        """A tiered volume whose store did not answer when it was loaded: replication and ttl are not known."""
         self._is_moving = False
         self._can_delete_before_tier: bool | None = None
         self._quarantined = False
@@ -613,6 +615,14 @@ class Volume:
                 raise StorageError(f"volume {self.vid} failed to open local dat file {self.dat_path}: {exc}") from exc
             self._can_delete_before_tier = None
             return file
+
+    def take_superblock(self, block: SuperBlock) -> None:
+        """Replication and ttl of a tiered volume, which could not be read when it was loaded."""
+        with self._state_lock:
+            self.ttl = block.ttl
+            if not self.info.replication:
+                self.replica_placement = block.replica_placement
+            self.lacks_superblock = False
 
     def relocate_index(self, new_directory: str) -> None:
         """Moves the index files to another directory. Reads go on, writes wait. Nothing to move is success.

@@ -524,8 +524,8 @@ def _load_remote(
     """Opens a volume whose .vif names an object; a .dat that may lie here, too, is not looked at.
 
     A store that does not answer is no reason to refuse: then version is the .vif's, and replication and ttl are not
-    known before the next load, as upstream. Raises VolumeLoadError for a store that is not known and for a missing
-    index. Blocks on the network for a few seconds at most.
+    known before `Store.tend_tiered` finds it answering (upstream: before the next load). Raises VolumeLoadError for a
+    store that is not known and for a missing index. Blocks on the network for a few seconds at most.
     """
     file = info.files[0]
     name = volume_base_name(collection, vid)
@@ -535,10 +535,10 @@ def _load_remote(
         text = f"load remote file {file.key}: backend storage {file.backend_name} not found"
         raise VolumeLoadError(text, path=base_path + ".vif")
     log.info("volume %d is tiered to %s as %s and read only", vid, file.backend_name, file.key)
-    block = SuperBlock(info.version or CURRENT_VERSION, ReplicaPlacement(), Ttl.NONE)
+    block, lacks_superblock = SuperBlock(info.version or CURRENT_VERSION, ReplicaPlacement(), Ttl.NONE), True
     try:
         block = SuperBlock.parse(bytes(backend.read_start(file.key, SUPER_BLOCK_SIZE)))
-        info.version = block.version
+        info.version, lacks_superblock = block.version, False
     except RemoteError as exc:
         log.error("readSuperBlock remote volume %d: %s", vid, exc)
     if not block.is_supported:
@@ -562,7 +562,7 @@ def _load_remote(
     handle = open_remote_handle(
         base_path + ".dat", idx_path, vid=vid, options=handle_options, offset_width=width, ttl=block.ttl
     )
-    return Volume(
+    volume = Volume(
         handle=handle,
         vid=vid,
         collection=collection,
@@ -580,6 +580,8 @@ def _load_remote(
         no_write_can_delete=True,
         dat_mtime_s=file.modified_time or files.check_file(base_path + ".vif").mtime_s,
     )
+    volume.lacks_superblock = lacks_superblock
+    return volume
 
 
 def _repair_remote_index(vid: int, idx_path: str, width: int, block: SuperBlock, remote: RemoteData) -> None:

@@ -613,8 +613,14 @@ def test_the_store_is_down_at_the_start(tmp_path: Path, s3_server: FakeS3) -> No
     assert volume is not None and not volume.ttl and volume.replica_placement == ReplicaPlacement()
     with pytest.raises(RemoteError):
         volume.read_needle(1)
+    store.tend_tiered()
+    assert volume.lacks_superblock
     s3_server.hook = None
     check(volume)
+    store.tend_tiered()  # upstream: not before the next load
+    assert volume.ttl == Ttl.parse("3d") and volume.replica_placement == ReplicaPlacement.parse("001")
+    info = volume.to_info()
+    assert info is not None and info.ttl == Ttl.parse("3d").to_u32() and not volume.lacks_superblock
     volume = remount(store)
     assert volume.ttl == Ttl.parse("3d") and volume.replica_placement == ReplicaPlacement.parse("001")
     store.close()

@@ -47,7 +47,7 @@ RETRY_WAITS_S: tuple[float, ...] = (1.0, 1.5, 2.25, 3.375, 5.0625)
 """Pauses between attempts of a whole upload."""
 CONNECT_S: Final = 5.0
 READ_S: Final = 15.0
-TRANSFER_SILENCE_S: Final = 60.0
+TRANSFER_SILENCE_S: Final = 30.0
 MAX_READS: Final = 32
 SLOT_WAIT_S: Final = 30.0
 BODY_ATTEMPTS: Final = 3
@@ -185,6 +185,7 @@ class S3Backend:
         import urllib3
         from minio import credentials
 
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry is told otherwise
         tries = 1 if silence_s >= READ_S else 0
         settings: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=connect_s, read=silence_s),
@@ -387,7 +388,8 @@ class S3Backend:
             _asked(lambda: client._complete_multipart_upload(self.bucket, key, upload, parts))
         except BaseException:
             try:
-                _asked(lambda: client._abort_multipart_upload(self.bucket, key, upload))
+                quick = self._client(MANAGED_USER_AGENT, START_S, START_S)  # a stop may be waiting for this
+                _asked(lambda: quick._abort_multipart_upload(self.bucket, key, upload))
             except RemoteError as exc:
                 log.warning("upload %s of %s to %s is left unfinished: %s", upload, key, self.name, exc)
             raise
