@@ -64,7 +64,7 @@ static void new_volume(void) {
                          .last_modified_s = 1700000000};
     pv_write_res written;
     CHECK_EQ(pv_vol_write(s.vol, &n, 0, NULL, &written, &err), 0);
-    CHECK_EQ(pv_reg_publish_as(s.reg, 3, s.vol, PV_REG_SINGLE | PV_REG_NO_TTL), 0);
+    CHECK_EQ(pv_reg_publish_as(s.reg, 3, s.vol, PV_REG_SINGLE), 0);
 }
 
 static void drop_volume(void) {
@@ -97,6 +97,7 @@ static void begin(void) {
                             .budget_bytes = 65536,
                             .threads = 1,
                             .io_threads = 1,
+                            .sync_threads = 1,
                             .max_connections = 16,
                             .mailbox = 16,
                             .fix_orientation = 1,
