@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -125,3 +126,41 @@ def test_every_metric_names_its_test_and_its_use() -> None:
         if name.startswith(("process_", "SeaweedFS_")):
             continue
         assert re.search(rf"\b{name}\b", operations), f"OPERATIONS.md does not tell of {name}"
+
+
+def test_log_lines_worth_an_alert_are_logged() -> None:
+    """Each quoted line of that table stands in the code, in the pieces that surround its names and figures."""
+    section = (ROOT / "docs" / "OPERATIONS.md").read_text("utf-8").partition("### Lines worth an alert")[2]
+    table = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(table) > 12
+    literals: list[str] = []
+    for path in (ROOT / "pyvolume").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                literals.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                literals.append("%".join(str(p.value) if isinstance(p, ast.Constant) else "" for p in node.values))
+    checked = 0
+    for row in table:
+        for quoted in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            if quoted in ("F…", "Traceback"):
+                continue
+            pieces = [piece.strip() for piece in quoted.split("…") if len(piece.strip()) > 3]
+            assert pieces
+            for piece in pieces:
+                assert any(piece in literal for literal in literals), f"{piece!r} of {quoted!r} is never logged"
+                checked += 1
+    assert checked > 15
+
+
+def test_results_of_a_benchmark_go_between_the_marks() -> None:
+    from tools.bench.fill import between_marks, first_table
+
+    results = "### Benchmark\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n### Start\n\n| c |\n|---|\n| 3 |\n"
+    for name in ("README.md", "docs/BENCHMARKS.md"):
+        before = (ROOT / name).read_text("utf-8")
+        once = between_marks(before, results)
+        assert results.strip() in once
+        assert between_marks(once, "other") == between_marks(before, "other")
+        assert once.count("make bench: begin") == before.count("make bench: begin") == 1
+    assert first_table(results) == "| a | b |\n|---|---|\n| 1 | 2 |"
