@@ -2101,15 +2101,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         except OSError:
             self._drop()
             return
-        if parts:
-            self._set_mask(_OUT if self.gone else _OUT | _HANGUP)
-            return
-        self.then()
+        if not parts:
+            self.then()
+        elif not self._set_mask(_OUT if self.gone else _OUT | _HANGUP):
+            self._drop()
 
     # -- loop thread: what follows an answer
 
     def _conclude(self, ending: int) -> None:
         head, self.head = self.head, None
+        if self.dead:  # the client broke the connection off while we were busy: no event will ever tell again
+            self._drop()
+            return
         if ending == _KEEP and self.server.stopping:
             ending = _CLOSE
         if ending == _KEEP:

@@ -2542,6 +2542,33 @@ def test_stopping_under_load_loses_no_answer(serve: Served) -> None:
     assert len(outcomes) == 6
 
 
+def test_a_client_that_breaks_off_behind_its_answer_leaves_no_connection(serve: Served) -> None:
+    """The loop heard of the reset just before it heard that the answer was out; then only the idle timeout ended it."""
+    servers: list[wire.VolumeHTTPServer] = []
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold_the_loop() -> None:
+        held.set()
+        go_on.wait(WAIT_S)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        servers[0].call_soon(hold_the_loop)
+        assert held.wait(WAIT_S)
+        start_response("200 OK", [("Content-Length", "5")])(b"hello")  # the client's kernel answers with a reset
+        return []
+
+    servers.append(serve(app, idle_timeout_s=600.0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, peer = listener.accept()
+    client.close()
+    servers[0].adopt(accepted.detach(), peer, GET, give_back=lambda fd, lenient: False)
+    assert held.wait(WAIT_S)
+    eventually(lambda: servers[0].trigger.thunks, "the worker hands the connection back")
+    go_on.set()
+    eventually(lambda: not servers[0].channels)
+
+
 def test_nothing_is_left_behind(serve: Served) -> None:
     def open_files() -> int:
         gc.collect()
