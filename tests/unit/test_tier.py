@@ -292,7 +292,8 @@ def test_a_store_that_fails_for_a_moment(store: Store, s3_server: FakeS3) -> Non
 def test_a_store_that_is_gone(store: Store, s3_server: FakeS3) -> None:
     volume = fill(store, large=False)
     s3_server.close()
-    with pytest.raises(StorageError, match=r"^backend s3.default copy file .*refused"):
+    where = f"127.0.0.1:{s3_server.port}: .*refused"
+    with pytest.raises(StorageError, match=rf"^backend s3.default copy file .*: {where}"):
         up(store)
     check(volume, large=False)
     assert not volume.is_read_only
@@ -320,6 +321,25 @@ def test_the_store_is_gone_in_the_middle_and_comes_back(
         up(store)
         assert len(again.keys()) == 1
         check(volume)
+
+
+def test_an_upload_that_could_not_be_aborted_is_aborted_later(
+    store: Store, s3_server: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 1 << 20)
+    fill(store)
+    broken = [True]
+
+    def fail(seen: Seen) -> int | None:
+        return 0 if broken[0] and (seen.query.get("partNumber") == "3" or seen.method == "DELETE") else None
+
+    s3_server.hook = fail
+    with pytest.raises(StorageError, match=r"^backend s3.default copy file"):
+        up(store)
+    assert len(s3_server.uploads) == 3, "one for each attempt"
+    broken[0] = False
+    up(store)
+    assert s3_server.uploads == {} and len(s3_server.keys()) == 1
 
 
 def test_cancelling_an_upload_removes_it(store: Store, s3_server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import ssl
 import threading
 import time
@@ -51,12 +52,14 @@ TRANSFER_SILENCE_S: Final = 30.0
 MAX_READS: Final = 32
 SLOT_WAIT_S: Final = 30.0
 BODY_ATTEMPTS: Final = 3
+MAX_UNFINISHED: Final = 100
 START_S: Final = 3.0
 DISTRUST_S: Final = 10.0
 """How long a store that did not answer while volumes were loaded is not asked again for that."""
 USER_AGENT: Final = f"SeaweedFS/{VERSION}"
 MANAGED_USER_AGENT: Final = f"{USER_AGENT} S3Manager"
 
+_ABOUT: Final = re.compile(r"HTTPS?Connection(?:Pool)?\(host='([^']*)', port=(\d+)\): ")
 _FALSE_TEXTS: Final = ("0", "f", "F", "false", "FALSE", "False")
 
 
@@ -166,6 +169,8 @@ class S3Backend:
         self._clients: dict[tuple[str, float, float], Any] = {}
         self._slots = threading.BoundedSemaphore(MAX_READS)
         self._distrusted_until_s = 0.0
+        self._unfinished: dict[str, str] = {}
+        """Uploads that could not be aborted, and their keys."""
 
     def __repr__(self) -> str:
         return f"region {self._region} bucket {self.bucket}"
@@ -348,6 +353,7 @@ class S3Backend:
             for wait_s in (*RETRY_WAITS_S, None):
                 try:
                     self._upload_once(key, fd, size, watcher)
+                    self._abort_unfinished()
                     return key
                 except RemoteError as exc:
                     if wait_s is None or not exc.is_transient:
@@ -387,12 +393,29 @@ class S3Backend:
             fault_or_remote("tier.complete")
             _asked(lambda: client._complete_multipart_upload(self.bucket, key, upload, parts))
         except BaseException:
-            try:
-                quick = self._client(MANAGED_USER_AGENT, START_S, START_S)  # a stop may be waiting for this
-                _asked(lambda: quick._abort_multipart_upload(self.bucket, key, upload))
-            except RemoteError as exc:
-                log.warning("upload %s of %s to %s is left unfinished: %s", upload, key, self.name, exc)
+            self._abort(upload, key)
             raise
+
+    def _abort(self, upload: str, key: str) -> None:
+        """Removes the parts of an upload. If the store does not answer, that is tried again after the next upload."""
+        with self._lock:
+            if len(self._unfinished) < MAX_UNFINISHED:
+                self._unfinished[upload] = key
+        client = self._client(MANAGED_USER_AGENT, START_S, START_S)  # a stop may be waiting for this
+        try:
+            _asked(lambda: client._abort_multipart_upload(self.bucket, key, upload))
+        except RemoteError as exc:
+            log.warning("upload %s of %s to %s is left unfinished: %s", upload, key, self.name, exc)
+            if exc.is_transient:
+                return
+        with self._lock:
+            self._unfinished.pop(upload, None)
+
+    def _abort_unfinished(self) -> None:
+        with self._lock:
+            unfinished = list(self._unfinished.items())
+        for upload, key in unfinished:
+            self._abort(upload, key)
 
 
 class _Progress:
@@ -482,10 +505,10 @@ def _asked(request: Callable[[], T], *, in_body: bool = False) -> T:
 
 
 def _short(exc: BaseException) -> str:
-    """The text of an error of the HTTP library without the object it is about."""
+    """The text of an error of the HTTP library, with an address for the object it is about."""
     text = str(exc)
-    head, separator, rest = text.partition(": ")
-    return rest if separator and head.startswith(("<", "HTTP")) else text
+    about = _ABOUT.match(text)
+    return text if about is None else f"{about[1]}:{about[2]}: {text[about.end() :]}"
 
 
 def _proxy_for(host: str, scheme: str) -> str:
