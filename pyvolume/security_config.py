@@ -53,6 +53,12 @@ class Settings:
         self._values: dict[str, Any] = {}
         self._origin: dict[str, Path] = {}
 
+    def copy(self) -> Settings:
+        """One that later changes of this one leave alone."""
+        made = Settings(self._environ)
+        made._values, made._origin = dict(self._values), dict(self._origin)
+        return made
+
     def merge(self, tree: Mapping[str, Any], origin: Path) -> None:
         """Lays the tree of one file over what is there. Keys it does not have keep their values."""
         for key, value in _flatten(tree, ""):
@@ -400,11 +406,17 @@ class SecurityLoader:
     def reload(self, current: SecurityConfig) -> SecurityConfig:
         """For SIGHUP: keys, expiries and white list anew, the rest as it is. SecurityError: `current` stays in force.
 
-        Quirk: a key removed from the file keeps its value; it is cleared by setting it to "".
+        Quirk: a key removed from the file keeps its value; it is cleared by setting it to "". Nothing of a refused file
+        is kept.
         """
-        self._read(at_start=False)
-        self._warn_of_hidden()
-        return self._security(ui_access=current.ui_access, tls=current.tls)
+        before = self.settings.copy()
+        try:
+            self._read(at_start=False)
+            self._warn_of_hidden()
+            return self._security(ui_access=current.ui_access, tls=current.tls)
+        except BaseException:
+            self.settings = before
+            raise
 
     def load_disk_probe(self) -> DiskProbeConfig:
         """Reads volume.toml, once."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from waitress.channel import ClientDisconnected
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 from werkzeug.routing import Map, Rule
 
@@ -52,7 +52,7 @@ from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
 from pyvolume.server.rpc import VOLUME_SERVICE
 from pyvolume.server.tls import TlsHTTPServer
-from pyvolume.server.waitress_ext import Refusal, RequestHead, VolumeHTTPServer, create_server, status_line
+from pyvolume.server.waitress_ext import BodyError, Refusal, RequestHead, VolumeHTTPServer, create_server, status_line
 from pyvolume.version import server_header
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ MAX_BLOCKED = 16
 """Reads that may wait for the download limit on a worker; most wait without one."""
 BODY_BYTES_IN_MEMORY = 256 << 20
 """Request bodies of one port in memory at a time; further ones wait, large ones are kept in a file."""
+MAX_FORM_MEMORY_BYTES = 32 << 20
+"""Of the fields of one form, as Go has it."""
 BATCH_DELETE_TIMEOUT_S = 60.0
 _ADMIN_METHODS = "PUT, POST, GET, DELETE, OPTIONS"
 _PUBLIC_METHODS = "GET, OPTIONS"
@@ -532,7 +534,11 @@ def _body(environ: dict[str, Any]) -> Buffer:
 
 
 def _form_fields(environ: dict[str, Any]) -> dict[bytes, bytes]:
-    """Fields of a multipart body, first value of each: Go's FormValue sees them on reads and deletes."""
-    parser = FormDataParser(silent=True)
-    _, form, _ = parser.parse_from_environ(environ)
+    """Fields of a multipart body, first value of each: Go's FormValue sees them on reads and deletes. None of them if
+    the body is broken, cut off, or has more than 1000 parts."""
+    parser = FormDataParser(silent=True, max_form_memory_size=MAX_FORM_MEMORY_BYTES)
+    try:
+        _, form, _ = parser.parse_from_environ(environ)
+    except (BodyError, RequestEntityTooLarge):
+        return {}
     return {name.encode(): value.encode() for name, value in form.items()}

@@ -452,6 +452,8 @@ class Process:
             context.security = security
         except SecurityError as exc:
             _log.error("security settings stay as they were: %s", exc)
+        except Exception:  # nothing that stands in a file may end a server that runs
+            _log.exception("security settings stay as they were")
         if context.tls is not None:
             context.tls.look()
         notify_service_manager("READY=1", self._environ)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -491,6 +492,32 @@ def test_reload_takes_the_white_list_and_keys(make: Make) -> None:
     security.write_text('[guard]\nwhite_list = "127.0.0.0/8"\n[jwt.signing]\nkey = "k"\n')
     server.send(signal.SIGHUP)
     wait_for(lambda: b"wrong jwt" in server.request("PUT", "/77,01637037d6", b"x")[1], "the new key")
+
+
+def test_a_number_in_a_file_ended_the_running_server(make: Make) -> None:
+    server = make().started()
+    security = server.base / "security.toml"
+    security.write_text("[jwt.signing]\nexpires_after_seconds = inf\n")
+    server.send(signal.SIGHUP)
+    wait_for(lambda: server.logged("Reload volume server..."), "the reload")
+    security.write_text("[jwt.signing]\nkey = 0x" + "f" * 5000 + "\n")
+    server.send(signal.SIGHUP)
+    wait_for(lambda: server.logged("is not within 64 bits"), "the refusal")
+    assert server.up()
+
+
+def test_an_accident_in_a_reload_leaves_settings_and_server_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_current: object) -> object:
+        raise RuntimeError("an accident")
+
+    process = lifecycle.Process(cast("Any", None), Inbox(), {})
+    process.context = cast(
+        "Any", SimpleNamespace(store=SimpleNamespace(load_new_volumes=int), security="as it was", tls=None)
+    )
+    process._loader = cast("Any", SimpleNamespace(reload=fail))
+    process._reload()
+    assert process.context is not None and str(process.context.security) == "as it was"
+    assert "security settings stay as they were" in caplog.messages
 
 
 def test_many_reloads_do_not_pile_up(make: Make) -> None:

@@ -506,6 +506,17 @@ def test_reload_with_a_bad_white_list_is_refused(tmp_path: Path) -> None:
         made.reload(first)
 
 
+def test_nothing_of_a_refused_file_came_back_with_the_next_one(tmp_path: Path) -> None:
+    made = loader(tmp_path, BOTH_KEYS)
+    first = made.load()
+    (tmp_path / "conf" / "security.toml").write_text('[jwt.signing]\nkey = "x"\n[guard]\nwhite_list = "nonsense"\n')
+    with pytest.raises(SecurityError):
+        made.reload(first)
+    (tmp_path / "conf" / "security.toml").write_text('[jwt.signing.read]\nkey = "new"\n')
+    second = made.reload(first)
+    assert (second.jwt_write_key, second.jwt_read_key, second.white_list) == (b"w", b"new", ())
+
+
 # --- volume.toml (2.3) -----------------------------------------------------------------------------------------------
 
 
