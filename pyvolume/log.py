@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -259,15 +258,52 @@ def _user() -> str:
         return "unknownuser"
 
 
+class FloodGate:
+    """Holds back lines of one place in the code beyond a few in an interval; what a client does must not fill a disk.
+
+    Only for places that requests reach: elsewhere each line has news of its own. Used under the handler's lock.
+    """
+
+    PLACES = ("pyvolume.ops", "pyvolume.server.grpc", "pyvolume.server.http_", "pyvolume.server.waitress_ext")
+
+    def __init__(self, interval_s: float = 10.0, burst: int = 50, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = interval_s
+        self._burst = burst
+        self._clock = clock
+        self._seen: dict[tuple[str, int], tuple[float, int]] = {}
+
+    def left_out(self, record: logging.LogRecord) -> int | None:
+        """None: hold it back. Else write it, and say that so many like it were held back before."""
+        if not record.name.startswith(self.PLACES):
+            return 0
+        place = (record.name, record.lineno)
+        now = self._clock()
+        since, count = self._seen.get(place, (now, 0))
+        before = 0
+        if now - since >= self._interval_s:
+            before = max(0, count - self._burst)
+            since, count = now, 0
+        self._seen[place] = (since, count + 1)
+        return before if count < self._burst else None
+
+
 class GlogHandler(logging.Handler):
     """Writes records to standard error and to the files. One for the process, on the root logger."""
 
-    def __init__(self, config: LogConfig, *, stderr_fd: int = 2, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        config: LogConfig,
+        *,
+        stderr_fd: int = 2,
+        clock: Callable[[], float] = time.time,
+        flood_gate: FloodGate | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self._fd = stderr_fd
         self._clock = clock
         self._text = GlogFormatter(as_json=config.json)
+        self._gate = FloodGate() if flood_gate is None else flood_gate
         self._files: list[LogFile] | None = None
         if not config.to_stderr:
             self._files = [LogFile(severity, config) for severity in (INFO, WARNING, ERROR, FATAL)]
@@ -288,8 +324,15 @@ class GlogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not self.wants(record):
             return
+        held_back = self._gate.left_out(record) if self.config.verbosity <= 0 else 0
+        if held_back is None:
+            return
         try:
             data = self._text.format(record)
+            if held_back:
+                text = f"{held_back} more lines like the next one were left out"
+                note = {**record.__dict__, "msg": text, "args": (), "exc_info": None, "exc_text": None}
+                data = self._text.format(logging.makeLogRecord(note)) + data
             if self.config.backtrace_at == (record.filename, record.lineno):
                 data += _stack_of(sys._getframe(1)).encode("utf-8", "backslashreplace")
             self.write(severity_of(record), data)
@@ -479,43 +522,6 @@ def all_stacks() -> str:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         parts.append(f'thread "{min(there)}"{more}:\n{stack}')
     return "\n".join(parts)
-
-
-class RepeatLimiter:
-    """Lets one line of a kind through in an interval and counts the others. Thread-safe, bounded in memory."""
-
-    def __init__(
-        self, interval_s: float, *, max_kinds: int = 1024, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._interval_s = interval_s
-        self._max_kinds = max_kinds
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._seen: OrderedDict[object, list[float]] = OrderedDict()
-
-    def log(self, logger: logging.Logger, level: int, kind: object, message: str, *args: object) -> bool:
-        """Logs unless a line of this kind went out within the interval; the next one says how many were left out."""
-        if not logger.isEnabledFor(level):
-            return False
-        now = self._clock()
-        with self._lock:
-            entry = self._seen.get(kind)
-            if entry is not None and now - entry[0] < self._interval_s:
-                entry[1] += 1
-                return False
-            left_out = 0 if entry is None else int(entry[1])
-            self._seen[kind] = [now, 0]
-            self._seen.move_to_end(kind)
-            while len(self._seen) > self._max_kinds:
-                self._seen.popitem(last=False)
-        if left_out:
-            message, args = message + " (%d more like this left out)", (*args, left_out)
-        logger.log(level, message, *args, stacklevel=2)
-        return True
-
-
-repeats = RepeatLimiter(10.0)
-"""For lines that a client or a broken disk could otherwise repeat without end."""
 
 
 def install_exception_hooks() -> None:

@@ -212,7 +212,7 @@ class Process:
         watchdog = lockwatch.Watchdog()
         metrics.watch_locks(watchdog)
         threading.Thread(target=watchdog.run, args=(self._quit,), name="lock-watch", daemon=True).start()
-        notify_service_manager("READY=1", self._environ)
+        notify_service_manager("READY=1\nSTATUS=serving", self._environ)
         return Note("started")
 
     def _start_lane(self, context: ServerContext, metrics: ServerMetrics) -> None:
@@ -331,7 +331,10 @@ class Process:
     def _load_store(self, config: ServerConfig, metrics: ServerMetrics, answer: MasterConfiguration | None) -> Store:
         from pyvolume.storage.store import Store
 
-        listeners: list[Callable[[int, int], None]] = [metrics.load_progress, Progress()]
+        listeners: list[Callable[[int, int], None]] = [
+            metrics.load_progress,
+            Progress(tell=lambda text: notify_service_manager(f"STATUS={text}", self._environ)),
+        ]
         if self._start_page is not None:
             self._start_page.tell("loading volumes")
             listeners.append(self._start_page.progress)
@@ -520,8 +523,11 @@ class Process:
 class Progress:
     """Tells how far the loading of volumes is, in one line every few seconds. Called from the loading threads."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, tell: Callable[[str], None] = lambda _text: None
+    ) -> None:
         self._clock = clock
+        self._tell = tell
         self._lock = threading.Lock()
         self._next = clock() + PROGRESS_INTERVAL_S
 
@@ -532,6 +538,7 @@ class Progress:
                 return
             self._next = now + PROGRESS_INTERVAL_S
         _log.info("loading volumes: %d of %d", done, total)
+        self._tell(f"loading volumes: {done} of {total}")
 
 
 def _backends_of(answer: MasterConfiguration) -> list[tuple[str, str, dict[str, str]]]:

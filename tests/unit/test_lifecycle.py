@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -299,7 +300,7 @@ def test_service_manager_is_told(make: Make, tmp_path: Path) -> None:
         inbox.bind(str(tmp_path / "notify"))
         inbox.settimeout(START_LIMIT_S)
         server = make(NOTIFY_SOCKET=str(tmp_path / "notify"))
-        assert inbox.recv(100) == b"READY=1"
+        assert inbox.recv(100) == b"READY=1\nSTATUS=serving"
         server.started().send(signal.SIGHUP)
         assert inbox.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
         assert inbox.recv(100) == b"READY=1"
@@ -585,12 +586,23 @@ def test_why_nobody_could_listen() -> None:
 
 def test_progress_is_told_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    progress = lifecycle.Progress(clock=lambda: now[0])
+    told: list[str] = []
+    progress = lifecycle.Progress(clock=lambda: now[0], tell=told.append)
     with caplog.at_level("INFO", "pyvolume"):
         for done in range(20):
             now[0] = float(done)
             progress(done, 20)
-    assert caplog.messages == [f"loading volumes: {done} of 20" for done in (5, 10, 15)]
+    assert caplog.messages == told == [f"loading volumes: {done} of 20" for done in (5, 10, 15)]
+
+
+def test_a_close_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    never, done = threading.Event(), threading.Event()
+    with caplog.at_level("WARNING", "pyvolume"):
+        lifecycle._within(0.05, "closing volumes", never.wait)
+        lifecycle._within(60, "closing connections", done.set)
+    never.set()
+    assert done.is_set()
+    assert caplog.messages == ["closing volumes takes longer than 0 s: leaving without"]
 
 
 @pytest.mark.parametrize("address", ["", "relative", "/nonexistent/socket", "@abstract-nobody"])

@@ -307,28 +307,36 @@ def test_compressed_files_count_among_those_kept(tmp_path: Path) -> None:
 # --- repeats ---------------------------------------------------------------------------------------------------------
 
 
-def test_repeats_are_counted_and_let_through_later(caplog: pytest.LogCaptureFixture) -> None:
+def test_floods_of_one_place_are_held_back_and_counted(
+    capture: Callable[..., tuple[GlogHandler, Callable[[], bytes]]],
+) -> None:
+    handler, read = capture(LogConfig(to_stderr=True))
     now = [0.0]
-    limiter = log.RepeatLimiter(10.0, clock=lambda: now[0])
-    logger = logging.getLogger("pyvolume.repeat-test")
-    with caplog.at_level(logging.INFO, "pyvolume"):
-        assert limiter.log(logger, logging.WARNING, "k", "disk %s", "a")
-        assert not limiter.log(logger, logging.WARNING, "k", "disk %s", "a")
-        assert not limiter.log(logger, logging.WARNING, "k", "disk %s", "a")
-        assert limiter.log(logger, logging.WARNING, "other", "other")
-        now[0] = 10.0
-        assert limiter.log(logger, logging.WARNING, "k", "disk %s", "a")
-    assert caplog.messages == ["disk a", "other", "disk a (2 more like this left out)"]
-    assert caplog.records[0].filename == "test_log.py"
+    handler._gate = log.FloodGate(interval_s=10, burst=3, clock=lambda: now[0])
+
+    def emit(text: str, name: str, line: int) -> None:
+        handler.handle(logging.LogRecord(name, logging.WARNING, "read.py", line, text, (), None))
+
+    for number in range(8):
+        emit(f"bad {number}", "pyvolume.ops.read", 10)
+        emit(f"other {number}", "pyvolume.ops.read", 11)
+        emit(f"volume {number}", "pyvolume.storage.volume_load", 10)
+    now[0] = 10.0
+    emit("bad again", "pyvolume.ops.read", 10)
+    lines = [line.split(b"] ")[-1].split(b" ", 3)[-1] for line in read().splitlines()]
+    assert [line for line in lines if line.startswith(b"bad")] == [b"bad 0", b"bad 1", b"bad 2", b"bad again"]
+    assert len([line for line in lines if line.startswith(b"other")]) == 3
+    assert len([line for line in lines if line.startswith(b"volume")]) == 8, "no request leads there"
+    assert lines[-2] == b"5 more lines like the next one were left out"
 
 
-def test_repeats_are_bounded() -> None:
-    limiter = log.RepeatLimiter(10.0, max_kinds=10)
-    logger = logging.getLogger("pyvolume.repeat-test")
-    logger.addHandler(logging.NullHandler())
-    for kind in range(100):
-        limiter.log(logger, logging.ERROR, kind, "x")
-    assert len(limiter._seen) == 10
+def test_nothing_is_held_back_when_more_is_asked_for(
+    capture: Callable[..., tuple[GlogHandler, Callable[[], bytes]]],
+) -> None:
+    handler, read = capture(LogConfig(to_stderr=True, verbosity=1))
+    for _ in range(200):
+        handler.handle(logging.LogRecord("pyvolume.ops.read", logging.WARNING, "read.py", 10, "bad", (), None))
+    assert read().count(b"bad") == 200
 
 
 # --- ends of a process -----------------------------------------------------------------------------------------------
