@@ -529,6 +529,7 @@ PV_API pv_vol *pv_reg_acquire(pv_reg *r, uint32_t vid) PV_WUR;
  * volume's ttl, (uint32_t)count << PV_REG_TTL_COUNT_SHIFT | (uint32_t)unit << PV_REG_TTL_UNIT_SHIFT. */
 enum pv_reg_flag {
     PV_REG_SINGLE = 1,           /* one copy: a write or delete concerns no other server */
+    PV_REG_COPIES_SHIFT = 8,     /* from this bit on 8 bits: the number of copies there are to be */
     PV_REG_TTL_COUNT_SHIFT = 16, /* from this bit on 8 bits each: the ttl of needles that have none of their own */
     PV_REG_TTL_UNIT_SHIFT = 24
 };
@@ -1027,13 +1028,14 @@ enum pv_lane_reason {
     PV_LANE_WHY_WRITE = 8,  /* the engine refused it */
     PV_LANE_WHY_SIZE = 9,   /* body or needle above the lane's budget */
     PV_LANE_WHY_EOF = 10,   /* the client closed its side within a request */
-    PV_LANE_WHY_STOP = 11   /* the lane stops and the request is not complete */
+    PV_LANE_WHY_STOP = 11,  /* the lane stops and the request is not complete */
+    PV_LANE_WHY_COPY = 12   /* written here, but not known to be on all replicas: to be done again */
 };
 
 #define PV_LANE_METHODS 5  /* GET, HEAD, PUT, POST, DELETE */
 #define PV_LANE_STATUSES 7 /* 200, 201, 202, 204, 206, 304, 416 */
 #define PV_LANE_BUCKETS 25 /* seconds up to 0.0001 * 2^i; the last one takes the rest */
-#define PV_LANE_REASONS 12
+#define PV_LANE_REASONS 13
 
 typedef struct pv_lane_opts {
     pv_reg *registry;          /* must outlive the lane, as must mime */
@@ -1081,6 +1083,10 @@ typedef struct pv_lane_stats {
     uint64_t requests[2 * PV_LANE_METHODS * PV_LANE_STATUSES]; /* [public][method][status] */
     uint64_t nanoseconds[2 * PV_LANE_METHODS];
     uint64_t latency[2 * PV_LANE_METHODS * PV_LANE_BUCKETS]; /* not cumulated */
+    uint64_t copied;                                         /* writes that went to replicas, too */
+    uint64_t copies;                                         /* replicas they went to */
+    uint64_t copy_nanoseconds;                               /* from the begin of the local write on */
+    uint64_t copy_latency[PV_LANE_BUCKETS];
 } pv_lane_stats;
 
 /* Gives a lane without sockets and threads; free with pv_lane_free. PV_ENOMEM, PV_EINVAL. */
@@ -1091,6 +1097,9 @@ PV_API int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) PV_WUR;
 PV_API int pv_lane_start(pv_lane *l) PV_WUR;
 /* What is served from now on. A request that began to be served before this returned may still end. */
 PV_API void pv_lane_serve(pv_lane *l, uint32_t serve);
+/* Where the other copies of a volume are, as `address:port` with one blank between, addresses as numbers, at most four; for
+ * ttl_ms from now. Writes of the volume are then copied by the lane; "" and PV_EINVAL (anything else): by the other lane. */
+PV_API int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_ms) PV_WUR;
 /* Takes a connection (back), idle, with nothing unread. flags: enum pv_lane_conn_flag. PV_ECLOSED when stopping and
  * PV_ENOMEM: the descriptor stays the caller's. */
 PV_API int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;

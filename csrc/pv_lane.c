@@ -14,6 +14,7 @@
  */
 #include "pv_lane_int.h"
 
+#include "pv_copy_int.h"
 #include "pv_http_int.h"
 
 #include <arpa/inet.h>
@@ -44,6 +45,8 @@
 #define RECV_TURNS 16U /* reads of one body per turn */
 #define ACCEPT_RETRY_MS 250U
 #define INLINE_WRITE 262144U /* larger writes go to an I/O thread */
+#define COPY_THREADS 16U     /* of writes that wait for replicas; started with the first route */
+#define REQUEST_ID_CAP 32U
 #define JOBS_MAX 1024U
 #define LISTENERS_MAX 2U
 #define THREADS_MAX 64U
@@ -102,8 +105,13 @@ struct op {
     enum op_kind kind;
     bool replicate;
     bool fsync;
-    int why;   /* -1, or enum pv_lane_reason */
-    pv_vol *v; /* a reference */
+    int why; /* -1, or enum pv_lane_reason */
+    uint32_t vid;
+    pv_vol *v;          /* a reference */
+    uint64_t copy_ns;   /* what a write with copies took */
+    pv__targets copies; /* count 0: none to be made */
+    size_t request_id_len;
+    char request_id[REQUEST_ID_CAP]; /* of a write with copies */
     uint64_t key;
     uint32_t cookie;
     uint32_t read_flags;
@@ -141,6 +149,7 @@ struct lane_thread {
     size_t pending;
     uint64_t now_ns;
     uint64_t accept_at_ms; /* listening again, if not */
+    pv_text request_id;    /* of the answer that is being made; empty: a new one */
     int64_t date_s;
     char date[40];
     size_t date_len;
@@ -159,8 +168,8 @@ typedef struct listener {
     uint32_t flags;
 } listener;
 
-/* Jobs and the threads that do them, first come first served. Flushed writes have threads of their own, so that a disk that
- * flushes slowly keeps no read waiting; many of them share one flush in the engine. */
+/* Jobs and the threads that do them, first come first served. Writes that wait for replicas, and flushed writes have threads of their own, so that a replica or a
+ * disk that is slow keeps no read waiting; many of them share one flush in the engine. */
 typedef struct job_queue {
     pthread_mutex_t lock;
     pthread_cond_t cond;
@@ -168,6 +177,7 @@ typedef struct job_queue {
     op *last;
     size_t count;
     bool end;
+    pv_lane *lane;
     pthread_t *threads;
     uint32_t size;    /* threads there should be */
     uint32_t running; /* threads there are */
@@ -203,6 +213,8 @@ struct pv_lane {
 
     job_queue io;
     job_queue sync;
+    job_queue copy;
+    pv__routes routes;
 
     pthread_mutex_t mail_lock;
     pthread_cond_t mail_cond;
@@ -246,6 +258,14 @@ static void uncharge(pv_lane *l, conn *c) {
 
 static const uint16_t statuses[PV_LANE_STATUSES] = {200, 201, 202, 204, 206, 304, 416};
 
+static size_t latency_bucket(uint64_t ns) {
+    size_t bucket = 0;
+    for (uint64_t top = 100000; bucket < PV_LANE_BUCKETS - 1 && ns > top; top *= 2) {
+        bucket++;
+    }
+    return bucket;
+}
+
 static void record(lane_thread *t, const conn *c, int status) {
     size_t slot = 0;
     while (slot < PV_LANE_STATUSES - 1 && statuses[slot] != status) {
@@ -254,13 +274,9 @@ static void record(lane_thread *t, const conn *c, int status) {
     size_t method = (size_t)(c->head.method - 1) + ((c->flags & PV_LANE_PUBLIC) != 0 ? PV_LANE_METHODS : 0);
     t->now_ns = clock_ns(CLOCK_MONOTONIC);
     uint64_t ns = t->now_ns - c->started_ns;
-    size_t bucket = 0;
-    for (uint64_t top = 100000; bucket < PV_LANE_BUCKETS - 1 && ns > top; top *= 2) {
-        bucket++;
-    }
     COUNT(t, requests[method * PV_LANE_STATUSES + slot], 1);
     COUNT(t, nanoseconds[method], ns);
-    COUNT(t, latency[method * PV_LANE_BUCKETS + bucket], 1);
+    COUNT(t, latency[method * PV_LANE_BUCKETS + latency_bucket(ns)], 1);
 }
 
 /* Random bytes; never fails (before the pool is seeded the call waits). */
@@ -481,6 +497,18 @@ static bool take_query(const conn *c, pv_text query, op *o) {
     return true;
 }
 
+/* True if a path can be sent on as it came. */
+static bool is_literal_path(pv_text path) {
+    for (size_t i = 0; i < path.n; i++) {
+        char ch = path.p[i];
+        if (!(ch >= 'a' && ch <= 'z') && !(ch >= 'A' && ch <= 'Z') && !(ch >= '0' && ch <= '9') && ch != '/' &&
+            ch != ',' && ch != '.' && ch != '-' && ch != '_') {
+            return false;
+        }
+    }
+    return path.n < 1024;
+}
+
 /* Looks at a complete head. -1: it is served here, o->v holds a reference; else the reason why not. */
 static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     pv_lane *l = t->lane;
@@ -528,7 +556,12 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     }
     o->volume_ttl_count = (uint8_t)(flags >> PV_REG_TTL_COUNT_SHIFT);
     o->volume_ttl_unit = (uint8_t)(flags >> PV_REG_TTL_UNIT_SHIFT);
-    if (o->kind != OP_READ && (flags & PV_REG_SINGLE) == 0 && !o->replicate) {
+    o->vid = vid;
+    o->copies.count = 0;
+    if (o->kind != OP_READ && (flags & PV_REG_SINGLE) == 0 && !o->replicate &&
+        (o->kind != OP_WRITE || c->head.credentials || !is_literal_path(span_text(p, c->head.path)) ||
+         !pv__routes_find(&l->routes, vid, (flags >> PV_REG_COPIES_SHIFT) & 0xff, now_ms(t), &o->copies))) {
+        o->copies.count = 0;
         pv_vol_unref(o->v);
         o->v = NULL;
         return PV_LANE_WHY_VOLUME;
@@ -638,10 +671,14 @@ static size_t put_tail(lane_thread *t, const conn *c, int64_t length, bool closi
     pv__put_text(&w, PV__LIT("Server: "));
     pv__put(&w, l->server, l->server_len);
     pv__put_text(&w, PV__LIT("\r\nX-Amz-Request-Id: "));
-    uint8_t random[4];
-    random_bytes(t, random, sizeof random);
     uint64_t wall_ns = clock_ns(CLOCK_REALTIME);
-    w.n += pv_request_id(wall_ns, pv__get_be32(random), t->tail + w.n, sizeof t->tail - w.n);
+    if (t->request_id.n != 0) {
+        pv__put_text(&w, t->request_id);
+    } else {
+        uint8_t random[4];
+        random_bytes(t, random, sizeof random);
+        w.n += pv_request_id(wall_ns, pv__get_be32(random), t->tail + w.n, sizeof t->tail - w.n);
+    }
     if (c->head.fields[PV__F_ORIGIN].n != 0) {
         pv__put_text(&w, PV__LIT("\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true"));
     }
@@ -823,6 +860,13 @@ elsewhere:
 }
 
 static enum outcome answer_write(lane_thread *t, conn *c, op *o) {
+    if (o->copies.count != 0) {
+        COUNT(t, copied, 1);
+        COUNT(t, copies, o->copies.count);
+        COUNT(t, copy_nanoseconds, o->copy_ns);
+        COUNT(t, copy_latency[latency_bucket(o->copy_ns)], 1);
+        t->request_id = pv__text(o->request_id, o->request_id_len);
+    }
     struct pv__wr w = pv__writer(t->text + STATUS_ROOM, TEXT_CAP);
     pv__put_text(&w, PV__LIT("Etag: "));
     w.n += pv_etag(o->res.checksum, w.p + w.n, w.cap - w.n);
@@ -854,11 +898,14 @@ static enum outcome worked(lane_thread *t, conn *c, char *p, size_t avail, op *o
     if (o->why >= 0) {
         return hand_over(t, c, p, avail, o->why);
     }
+    enum outcome result;
     switch (o->kind) {
     case OP_READ:
         return answer_read(t, c, p, avail, o);
     case OP_WRITE:
-        return answer_write(t, c, o);
+        result = answer_write(t, c, o);
+        t->request_id = pv__text(NULL, 0);
+        return result;
     default:
         return answer_delete(t, c, o);
     }
@@ -875,6 +922,16 @@ static bool ends_like_jpeg(pv_text name) {
         low[i] = ch >= 'A' && ch <= 'Z' ? (char)(ch + 32) : ch;
     }
     return (n == 5 && memcmp(low, ".jpeg", 5) == 0) || memcmp(low + n - 4, ".jpg", 4) == 0;
+}
+
+/* Plain text that can stand in a header. */
+static bool is_line(pv_text text) {
+    for (size_t i = 0; i < text.n; i++) {
+        if (text.p[i] < ' ' || text.p[i] > '~') {
+            return false;
+        }
+    }
+    return text.n < 256;
 }
 
 /* Makes the needle of an upload. Its texts point into p and o->work. */
@@ -931,6 +988,9 @@ static bool make_needle(const lane_thread *t, const conn *c, const char *p, op *
     if (n->last_modified_s == 0) {
         n->last_modified_s = clock_ns(CLOCK_REALTIME) / UINT64_C(1000000000);
     }
+    if (o->copies.count != 0 && ((n->flags & PV_F_TTL) != 0 || !is_line(up.name) || !is_line(up.mime))) {
+        return false; /* the other lane knows how to tell replicas of these */
+    }
     /* The answer must fit into what is sent with a length: an escaped byte takes at most six. */
     return ((size_t)n->name_size + n->mime_size) * 6 + 128 <= SMALL_REPLY;
 }
@@ -971,7 +1031,7 @@ static bool stash(lane_thread *t, conn *c, const char *p, size_t n, size_t want)
 
 /* Gives work to an I/O thread. The input is stashed already. False: the queue is full. */
 static bool queue_job(lane_thread *t, conn *c, op *o) {
-    job_queue *q = o->fsync ? &t->lane->sync : &t->lane->io;
+    job_queue *q = o->copies.count != 0 ? &t->lane->copy : o->fsync ? &t->lane->sync : &t->lane->io;
     o->c = c;
     o->t = t;
     o->next = NULL;
@@ -1006,7 +1066,8 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
     if (o->kind == OP_WRITE) {
         /* An overwrite reads what is there. */
-        wait = o->fsync || c->head.content_length > INLINE_WRITE || (rc == 0 && o->entry.size > 0);
+        wait =
+            o->fsync || o->copies.count != 0 || c->head.content_length > INLINE_WRITE || (rc == 0 && o->entry.size > 0);
         if (rc < 0 && rc != PV_ENOTFOUND) {
             why = PV_LANE_WHY_VOLUME;
         }
@@ -1270,8 +1331,49 @@ static void queue_destroy(job_queue *q) {
     pv__free(q->threads);
 }
 
+/* Does a write whose volume has replicas: here, then on all of them. What goes wrong with them is for the other lane, which
+ * does it all again: here nothing changes by that, and it has the words for the client. */
+static void write_copies(pv_lane *l, op *o, pv__copy_conns *conns) {
+    uint64_t begin_ns = clock_ns(CLOCK_MONOTONIC);
+    if (!pv__routes_stands(&l->routes, o->vid, o->copies.stamp)) {
+        o->why = PV_LANE_WHY_VOLUME; /* another write has found that a replica does not answer */
+        return;
+    }
+    (void)work(o, false);
+    if (o->why >= 0) {
+        return;
+    }
+    uint8_t random[4];
+    if (getrandom(random, sizeof random, 0) != (ssize_t)sizeof random) {
+        abort(); /* as random_bytes: four bytes are never cut short */
+    }
+    o->request_id_len =
+        pv_request_id(clock_ns(CLOCK_REALTIME), pv__get_be32(random), o->request_id, sizeof o->request_id);
+    pv__copy what = {
+        .path = span_text(o->c->buf, o->c->head.path),
+        .fsync = o->fsync,
+        .last_modified_s = o->n.last_modified_s,
+        .name = pv__text((const char *)o->n.name, o->n.name_size),
+        .mime = pv__text((const char *)o->n.mime, o->n.mime_size),
+        .request_id = pv__text(o->request_id, o->request_id_len),
+        .data = o->n.data,
+        .data_len = o->n.data_size,
+    };
+    if (what.mime.n == 0 && l->mime != NULL) {
+        pv_text ext;
+        pv_name_ext(what.name.p, what.name.n, &ext);
+        (void)pv_mime_lookup(l->mime, ext.p, ext.n, &what.mime);
+    }
+    if (pv__copy_send(conns, &o->copies, &what) < 0) {
+        pv__routes_drop(&l->routes, o->vid, o->copies.stamp);
+        o->why = PV_LANE_WHY_COPY;
+    }
+    o->copy_ns = clock_ns(CLOCK_MONOTONIC) - begin_ns;
+}
+
 static void *io_main(void *arg) {
     job_queue *q = arg;
+    pv__copy_conns conns = {0};
     for (;;) {
         pv__mutex_lock(&q->lock);
         while (q->first == NULL && !q->end) {
@@ -1287,9 +1389,14 @@ static void *io_main(void *arg) {
         }
         pv__mutex_unlock(&q->lock);
         if (o == NULL) {
+            pv__copy_close(&conns);
             return NULL;
         }
-        (void)work(o, false);
+        if (o->copies.count != 0) {
+            write_copies(q->lane, o, &conns);
+        } else {
+            (void)work(o, false);
+        }
         o->reply = (msg){.done = o};
         post(o->t, &o->reply);
     }
@@ -1642,11 +1749,12 @@ int pv_lane_new(const pv_lane_opts *opts, pv_lane **result) {
     l->mail_cap = opts->mailbox;
     int rc = 0;
     if (pv__mutex_init(&l->life) < 0 || pv__cond_init(&l->life_cond) < 0 || queue_init(&l->io, opts->io_threads) < 0 ||
-        queue_init(&l->sync, opts->sync_threads) < 0 || pv__mutex_init(&l->mail_lock) < 0 ||
-        pv__cond_init(&l->mail_cond) < 0) {
+        queue_init(&l->sync, opts->sync_threads) < 0 || queue_init(&l->copy, COPY_THREADS) < 0 ||
+        pv__routes_init(&l->routes) < 0 || pv__mutex_init(&l->mail_lock) < 0 || pv__cond_init(&l->mail_cond) < 0) {
         pv__free(l);
         return PV_ENOMEM;
     }
+    l->copy.lane = l;
     l->mail = pv__calloc(l->mail_cap, sizeof *l->mail);
     l->threads = pv__calloc(opts->threads, sizeof(lane_thread *));
     rc = l->mail == NULL || l->threads == NULL ? PV_ENOMEM : 0;
@@ -1703,6 +1811,26 @@ int pv_lane_start(pv_lane *l) {
 
 void pv_lane_serve(pv_lane *l, uint32_t serve_bits) {
     atomic_store(&l->serve, serve_bits);
+}
+
+int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_ms) {
+    int rc = 0;
+    if (*hosts != '\0') {
+        pv__mutex_lock(&l->life);
+        if (l->stopped || !l->started) {
+            rc = PV_EINVAL;
+        } else if (l->copy.running < l->copy.size) {
+            sigset_t all, before;
+            (void)sigfillset(&all);
+            pv__must(pthread_sigmask(SIG_SETMASK, &all, &before));
+            (void)queue_start(&l->copy, "lane-copy"); /* fewer do, too */
+            pv__must(pthread_sigmask(SIG_SETMASK, &before, NULL));
+            rc = l->copy.running == 0 ? PV_EINVAL : 0;
+        }
+        pv__mutex_unlock(&l->life);
+    }
+    int set = pv__routes_set(&l->routes, vid, rc == 0 ? hosts : "", clock_ns(CLOCK_MONOTONIC) / 1000000 + ttl_ms);
+    return rc < 0 ? rc : set;
 }
 
 int pv_lane_give(pv_lane *l, int fd, uint32_t flags) {
@@ -1813,6 +1941,7 @@ int pv_lane_stop(pv_lane *l, uint32_t deadline_ms) {
         }
         queue_end(&l->io);
         queue_end(&l->sync);
+        queue_end(&l->copy);
     }
     return cut;
 }
@@ -1848,6 +1977,8 @@ void pv_lane_free(pv_lane *l) {
     pv__must(pthread_cond_destroy(&l->life_cond));
     queue_destroy(&l->io);
     queue_destroy(&l->sync);
+    queue_destroy(&l->copy);
+    pv__routes_destroy(&l->routes);
     pv__must(pthread_mutex_destroy(&l->mail_lock));
     pv__must(pthread_cond_destroy(&l->mail_cond));
     pv__free(l->threads);

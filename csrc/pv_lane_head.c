@@ -92,8 +92,8 @@ static const known names[] = {
     KNOWN("content-disposition", PV__F_CONTENT_DISPOSITION),
     KNOWN("content-encoding", PV__F_CONTENT_ENCODING),
     KNOWN("origin", PV__F_ORIGIN),
-    KNOWN("authorization", PV__F_IGNORED),
-    KNOWN("cookie", PV__F_IGNORED),
+    KNOWN("authorization", PV__F_CREDENTIALS),
+    KNOWN("cookie", PV__F_CREDENTIALS),
     KNOWN("referer", PV__F_IGNORED),
     KNOWN("accept-language", PV__F_IGNORED),
     KNOWN("cache-control", PV__F_IGNORED),
@@ -202,7 +202,8 @@ static bool header_line(pv__head *h, const char *buf, uint32_t at, uint32_t end)
     if (!all_of(p, n, C_VALUE)) {
         return false;
     }
-    if (field == PV__F_IGNORED) {
+    if (field == PV__F_IGNORED || field == PV__F_CREDENTIALS) {
+        h->credentials = h->credentials || field == PV__F_CREDENTIALS;
         return true;
     }
     uint32_t bit = UINT32_C(1) << field;

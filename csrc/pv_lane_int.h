@@ -20,6 +20,7 @@ typedef struct pv__span {
 /* Headers whose value matters to a needle request; the others on the list of known names are only checked for form. */
 enum pv__field {
     PV__F_IGNORED = 0,
+    PV__F_CREDENTIALS, /* something a replica may have to see: only that it is there */
     PV__F_HOST,
     PV__F_CONNECTION,
     PV__F_CONTENT_LENGTH,
@@ -41,6 +42,7 @@ typedef struct pv__head {
     uint32_t seen;           /* bits of enum pv__field */
     uint8_t method;          /* enum pv__method; 0: the request line is not complete */
     bool close;              /* Connection: close */
+    bool credentials;        /* Authorization or Cookie */
     uint64_t content_length; /* 0 without the header */
     pv__span path;
     pv__span query; /* without its "?" */

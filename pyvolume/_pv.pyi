@@ -114,6 +114,7 @@ class Lib:
     PV_LANE_SERVED: Final[int]
     PV_LANE_STATUSES: Final[int]
     PV_LANE_WHY_ANSWER: Final[int]
+    PV_LANE_WHY_COPY: Final[int]
     PV_LANE_WHY_EOF: Final[int]
     PV_LANE_WHY_HEAD: Final[int]
     PV_LANE_WHY_NEEDLE: Final[int]
@@ -157,6 +158,7 @@ class Lib:
     PV_READ_DELETED: Final[int]
     PV_READ_ENTRY: Final[int]
     PV_READ_META_OK: Final[int]
+    PV_REG_COPIES_SHIFT: Final[int]
     PV_REG_SINGLE: Final[int]
     PV_REG_TTL_COUNT_SHIFT: Final[int]
     PV_REG_TTL_UNIT_SHIFT: Final[int]
@@ -242,6 +244,7 @@ class Lib:
     def pv_lane_listen(self, a0: CData, a1: int, a2: int, /) -> int: ...
     def pv_lane_new(self, a0: CData, a1: CData, /) -> int: ...
     def pv_lane_quiesce(self, a0: CData, /) -> None: ...
+    def pv_lane_replicas(self, a0: CData, a1: int, a2: CData | bytes, a3: int, /) -> int: ...
     def pv_lane_serve(self, a0: CData, a1: int, /) -> None: ...
     def pv_lane_start(self, a0: CData, /) -> int: ...
     def pv_lane_stat(self, a0: CData, a1: CData, /) -> None: ...

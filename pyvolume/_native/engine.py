@@ -912,12 +912,14 @@ class Registry:
         """The `pv_reg *`, for the lane. Borrowed: it lives as long as this object."""
         return self._r
 
-    def publish(self, vid: int, volume: Volume, *, single: bool = False, ttl: tuple[int, int] = (0, 0)) -> None:
+    def publish(self, vid: int, volume: Volume, *, copies: int = 0, ttl: tuple[int, int] = (0, 0)) -> None:
         """NativeError PV_EEXISTS if the vid is taken.
 
-        single: it has one copy, and the lane may write on its own. ttl: count and unit for needles that have none.
+        copies: how many there are to be (0: nobody knows); with one the lane may write on its own. ttl: count and unit
+        for needles that have none.
         """
-        flags = _lib.PV_REG_SINGLE if single else 0
+        flags = _lib.PV_REG_SINGLE if copies == 1 else 0
+        flags |= (min(copies, 255) or 255) << _lib.PV_REG_COPIES_SHIFT
         flags |= ttl[0] << _lib.PV_REG_TTL_COUNT_SHIFT | ttl[1] << _lib.PV_REG_TTL_UNIT_SHIFT
         code = _lib.pv_reg_publish_as(self._r, vid, volume.handle, flags)
         if code < 0:

@@ -7,6 +7,7 @@ pyvolume but the compiled module and its neighbours.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +50,7 @@ class Reason(enum.IntEnum):
     SIZE = 9
     EOF = 10
     STOP = 11
+    COPY = 12
 
 
 class LaneError(OSError):
@@ -87,6 +89,10 @@ class LaneStats:
     requests: dict[tuple[bool, str, int], int]  # (public port, method, status)
     seconds: dict[tuple[bool, str], float]  # (public port, method): sum of latencies
     latency: dict[tuple[bool, str], tuple[int, ...]]  # BUCKETS counts, not cumulated
+    copied: int = 0  # writes that went to replicas, too
+    copies: int = 0  # replicas they went to
+    copy_seconds: float = 0.0  # sum over them
+    copy_latency: tuple[int, ...] = ()
 
 
 class Lane:
@@ -147,6 +153,12 @@ class Lane:
     def serve(self, what: Serve) -> None:
         """What is served from now on."""
         _lib.pv_lane_serve(self._lane, what)
+
+    def replicas(self, vid: int, hosts: Sequence[str], ttl_s: float) -> bool:
+        """Has writes of a volume copied to these servers, `address:port` each, for a while; none: not any more. False:
+        the lane does not do it, and all such writes are handed over."""
+        text = " ".join(hosts).encode("ascii", "replace")
+        return bool(_lib.pv_lane_replicas(self._lane, vid, text, int(ttl_s * 1000)) == 0 and hosts)
 
     def take(self, timeout_s: float) -> list[Handed] | None:
         """Waits for connections that are handed over, without the interpreter's lock. None: there will be no more. One
@@ -218,4 +230,8 @@ class Lane:
             requests,
             seconds,
             latency,
+            int(s.copied),
+            int(s.copies),
+            int(s.copy_nanoseconds) / 1e9,
+            tuple(int(s.copy_latency[k]) for k in range(BUCKETS)),
         )

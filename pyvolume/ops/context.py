@@ -178,6 +178,8 @@ class Ops:
     fetch_self: Callable[[Request], Fetched] | None = None
     ec: EcReader | None = None
     """Reads of erasure coded volumes; None: such volumes are not looked for."""
+    copied: Callable[[int, Sequence[Location]], None] | None = None
+    """Told of the replicas that have taken a write of a volume, and of none when one has not: for the fast lane."""
     pool: Helpers = field(default_factory=lambda: Helpers(MAX_FAN_OUT_THREADS))
 
     def close(self) -> None:

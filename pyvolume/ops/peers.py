@@ -196,7 +196,7 @@ class PeerClient:
     ) -> None:
         self.tls = tls
         self.scheme = "https" if tls is not None else "http"
-        self._source_ip = source_ip
+        self.source_ip = source_ip
         self._guarded = guarded
         self._lock = threading.Lock()
         self._idle: OrderedDict[str, list[_Connection]] = OrderedDict()
@@ -334,8 +334,8 @@ class PeerClient:
     def _dial(self, host: str, timeout_s: float) -> _Connection:
         name, port = _split(host, 443 if self.tls is not None else 80)
         source = None
-        if self._source_ip is not None and _takes_source(name, self._source_ip):
-            source = (self._source_ip, 0)
+        if self.source_ip is not None and _takes_source(name, self.source_ip):
+            source = (self.source_ip, 0)
         try:
             rule = endpoint_guard.Rule(host, allow_private=True) if self._guarded else None
             sock = endpoint_guard.dial(name, port, rule, timeout_s, source)

@@ -107,6 +107,8 @@ def _fan_out(
     failed = _attempt(locations[0], send, None) if len(locations) == 1 else _at_once(ops, locations, send)
     if failed is None:
         return
+    if ops.copied is not None:
+        ops.copied(vid, ())
     location, error = failed
     kind = error.kind if isinstance(error, PeerError) else Failure.OTHER
     if kind is not Failure.OTHER:

@@ -251,6 +251,8 @@ def _store(ops: Ops, request: Request, parameters: Query, upload: Upload) -> Res
         ops.events.replicated("write", len(targets))
         if targets:
             replicate.write(ops, vid, targets, _copy(request, upload, volume, fsync))
+            if ops.copied is not None and volume is not None:
+                ops.copied(vid, targets)
         ok = True
     finally:
         if targets:

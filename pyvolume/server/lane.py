@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from pyvolume.server.waitress_ext import default_connection_limit, raise_nofile_
 from pyvolume.version import server_header
 
 if TYPE_CHECKING:
+    from pyvolume.ops.context import Location
     from pyvolume.security_config import SecurityConfig
     from pyvolume.server.context import ServerContext
     from pyvolume.server.http_app import HttpServer
@@ -39,6 +41,8 @@ SYNC_THREADS = 16
 BODY_BYTES = 16 << 20
 """Largest body and largest needle that the lane holds; filers send chunks of 4 MiB, or 8."""
 BUDGET_BYTES = 256 << 20
+ROUTE_S = 10.0
+"""How long the lane copies writes of a volume to the replicas that took the last one; then ops looks at one again."""
 MAILBOX = 4096
 _POLL_S = 60.0
 
@@ -68,6 +72,9 @@ class FastLane:
             fix_orientation=config.fix_orientation,
             serve=self._may_serve(context.security),
         )
+        peers = admin.ops.peers
+        if peers.scheme == "http" and peers.source_ip is None:  # the lane's connections are plain, from any address
+            admin.ops.copied = self._copied
         self._taker = threading.Thread(target=self._take, name="lane-mailbox", daemon=True)
 
     def start(self) -> None:
@@ -86,6 +93,10 @@ class FastLane:
         if not (security.jwt_write_key or security.white_list or ops.uploads.limit_bytes):
             serve |= native.Serve.WRITES
         return serve
+
+    def _copied(self, vid: int, locations: Sequence[Location]) -> None:
+        """The lane may do likewise with the next writes, or not any more. Names and too many are not for it."""
+        self._lane.replicas(vid, [location.url for location in locations], ROUTE_S)
 
     def apply(self, security: SecurityConfig) -> None:
         """Before settings are replaced, with the new ones: what they forbid is not served from now on. What they allow
@@ -170,6 +181,12 @@ def watch_lane(metrics: ServerMetrics, lane: FastLane) -> None:
                 for name in names:
                     distribution = metrics.request_seconds.distribution(name)
                     metrics.seconds.setdefault(name, distribution).add(more_counts, seconds)
+            more = stats.copied - (before.copied if before else 0)
+            if more:
+                old = before.copy_latency if before else ()
+                copied = [n - (old[i] if old else 0) for i, n in enumerate(stats.copy_latency)]
+                seconds = stats.copy_seconds - (before.copy_seconds if before else 0.0)
+                metrics.writes_replicated(more, stats.copies - (before.copies if before else 0), copied, seconds)
         for reason, count in stats.handed_over.items():
             handed_over.value(reason).set(count)
         returned.value().set(stats.given)

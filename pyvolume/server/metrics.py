@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -457,6 +458,15 @@ class ServerMetrics(Events):
     def replication_ended(self, operation: str, ok: bool, seconds: float) -> None:
         self._replications.value(operation, "success" if ok else "failure").inc()
         self._replication_seconds.distribution(operation).observe(seconds)
+
+    def writes_replicated(self, count: int, copies: int, latency: Sequence[int], seconds: float) -> None:
+        """Writes that the fast lane has copied: `copies` in all. latency: counts by BUCKETS, not cumulated."""
+        self._replications.value("write", "success").inc(count)
+        self._replication_seconds.distribution("write").add(latency, seconds)
+        self._duration("writeToReplicas").add(latency, seconds)
+        targets = [0] * (len(TARGET_BUCKETS) + 1)
+        targets[bisect_left(TARGET_BUCKETS, copies / count)] = count
+        self._targets.add(targets, float(copies))
 
     def replication_failed(self, operation: str, reason: str) -> None:
         self._replication_failures.value(operation, reason).inc()

@@ -376,7 +376,7 @@ class Store:
                     self.registry.publish(
                         volume.vid,
                         served.handle,
-                        single=served.replica_placement.copy_count == 1,
+                        copies=served.replica_placement.copy_count,
                         ttl=(served.ttl.count, served.ttl.unit),
                     )
                 except engine.NativeError as exc:

@@ -14,6 +14,7 @@ import pytest
 
 from pyvolume._native import engine, http, lane
 from pyvolume.config import ServerConfig
+from pyvolume.ops.peers import PeerClient
 from pyvolume.security_config import SecurityConfig
 from pyvolume.server import lane as glue
 from pyvolume.server.metric_types import Distribution
@@ -141,6 +142,7 @@ def test_what_settings_allow(security: SecurityConfig, limits: tuple[int, int], 
     ops = SimpleNamespace(
         uploads=SimpleNamespace(limit_bytes=limits[0]),
         downloads=SimpleNamespace(limit_bytes=limits[1]),
+        peers=PeerClient(),
         mime=http.MimeTable(),
     )
     context = SimpleNamespace(

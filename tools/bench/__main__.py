@@ -87,14 +87,14 @@ class Bench:
         result["cpu_s"] = t.cpu_s() - cpu
         return result
 
-    def allocate(self, t: Target) -> None:
+    def allocate(self, t: Target, vid: int = VID, replication: str = "000") -> None:
         import grpc
 
         from tools.compat.bed import unary_call
 
         with grpc.insecure_channel(f"{HOST}:{t.grpc_port}") as channel:
             grpc.channel_ready_future(channel).result(30)
-            unary_call(channel, "AllocateVolume", volume_id=VID, replication="000", version=3)
+            unary_call(channel, "AllocateVolume", volume_id=vid, replication=replication, version=3)
 
     def fill(self, t: Target, size: int) -> Path:
         """Uploads the needles that reads will ask for; returns the file of their paths."""
@@ -144,6 +144,48 @@ class Bench:
                 for t in group:
                     t.stop()
                     shutil.rmtree(self.base / f"data-{t.name}-{size}", ignore_errors=True)
+        self.replicated()
+
+    def replicated(self) -> None:
+        """Writes of a volume with placement 001, all to one of two servers of the same kind. CPU is that of both."""
+        first, second = self.volume_targets(), self.volume_targets()
+        partners = {t.name: other for t, other in zip(first, second, strict=True)}
+        vids = {t.name: 100 + number for number, t in enumerate(first)}
+        try:
+            for t in first:
+                for place, server in (("a", t), ("b", partners[t.name])):
+                    data = self.base / f"data-{t.name}-{place}"
+                    data.mkdir()
+                    server.start(data)
+                    self.allocate(server, vids[t.name], "001")
+                self.wait_for_copies(vids[t.name])
+
+            def measure(t: Target) -> dict[str, Any]:
+                other = partners[t.name]
+                cpu = other.cpu_s()
+                result = self.run_load(t, "put", f"/{vids[t.name]},%llx01234567", "1024", str(self.next_id))
+                self.next_id = result["last_id"] + 1000
+                result["cpu_s"] += other.cpu_s() - cpu
+                return result
+
+            self.table_rows("PUT 1 KiB replicated 001", first, measure)
+        finally:
+            for t in (*first, *second):
+                t.stop()
+
+    def wait_for_copies(self, vid: int) -> None:
+        import urllib.request
+
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"http://{self.master_http}/dir/lookup?volumeId={vid}", timeout=5) as reply:
+                    if len(json.loads(reply.read()).get("locations", [])) == 2:
+                        return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"the master does not know both copies of volume {vid}")
 
     def write_load(self, t: Target, verb: str, size: int) -> dict[str, Any]:
         result = self.run_load(t, verb, f"/{VID},%llx01234567", str(size), str(self.next_id))
