@@ -23,6 +23,7 @@ from pyvolume.errors import (
     StorageError,
     VolumeBusy,
     VolumeLoadError,
+    VolumeNotFound,
     VolumeReadOnly,
 )
 from pyvolume.storage import compact, vif
@@ -870,6 +871,20 @@ def test_the_environments_keys(store: Store, s3_server: FakeS3, monkeypatch: pyt
     fill(store, large=False)
     up(store, destination="s3.keyless")
     assert "Credential=from-the-environment/" in s3_server.requests("PUT")[0].headers["authorization"]
+
+
+def test_a_volume_that_was_just_unmounted_is_not_moved(store: Store, s3_server: FakeS3) -> None:
+    volume = fill(store, large=False)
+    store.unmount_volume(VID)
+    with pytest.raises(VolumeNotFound, match=r"^volume 7 not found$"):
+        move.to_remote(volume, store.backends, "s3")
+    volume = store.mount_volume(VID)
+    up(store)
+    store.unmount_volume(VID)
+    with pytest.raises(VolumeNotFound, match=r"^volume 7 not found$"):
+        move.from_remote(volume, store.backends)
+    assert len(s3_server.keys()) == 1 and "7.dat" not in names(store)
+    check(store.mount_volume(VID), large=False)
 
 
 def test_a_move_is_the_only_one(store: Store, s3_server: FakeS3) -> None:

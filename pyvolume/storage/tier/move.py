@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from pyvolume.errors import NoSpace, RemoteError, StorageError, VolumeBusy, from_os_error
+from pyvolume.errors import NoSpace, RemoteError, StorageError, VolumeBusy, VolumeNotFound, from_os_error
 from pyvolume.faults import fault
 from pyvolume.storage import files, vif
 from pyvolume.storage.copy import FETCHING
@@ -35,6 +35,8 @@ def _claimed(volume: Volume) -> Iterator[None]:
     if not volume.try_claim("tier move"):
         raise VolumeBusy(f"volume {volume.vid} is compacting")
     try:
+        if not volume.is_open:  # unmounted since it was looked up
+            raise VolumeNotFound(f"volume {volume.vid} not found")
         yield
     finally:
         volume.release()
