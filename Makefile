@@ -72,12 +72,13 @@ crash: build ## the long forms of the crash and race tests: KILL_ROUNDS kills, C
 compat: build ## replay what a Go server answered, and open the volumes it made
 	$(BIN)/python -m tools.compat --known-gaps tools/compat/known-gaps.txt
 
-lint: build ## ruff with its security rules, mypy, import layers, clang-format, hardening of the engine, known weaknesses
+lint: build ## ruff with its security rules, mypy, import layers, clang-format, strict C warnings, hardening of the engine, known weaknesses
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch] csrc/test/*.[ch] csrc/fuzz/*.[ch])
+	$(MAKE) -s -C csrc check
 	$(BIN)/python tools/dev/hardening.py pyvolume/_pv.*.so
 	$(BIN)/python tools/dev/audit.py
 

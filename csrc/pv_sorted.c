@@ -255,7 +255,7 @@ static bool filter_add(uint8_t *filter, uint64_t bits, uint64_t key) {
     bool known = true;
     for (uint32_t i = 0; i < FILTER_HASHES; i++, place += step) {
         uint64_t bit = place % bits;
-        known = known && (filter[bit / 8] >> bit % 8 & 1U) != 0;
+        known = known && ((unsigned)filter[bit / 8] >> bit % 8 & 1U) != 0;
         filter[bit / 8] |= (uint8_t)(1U << bit % 8);
     }
     return known;
