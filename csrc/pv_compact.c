@@ -21,9 +21,10 @@
 
 #define BATCH_ROWS 4096U
 #define BATCH_BYTES ((size_t)8 << 20) /* of records in memory at a time; one record may be larger */
-#define RUN_BYTES ((size_t)4 << 20)   /* one read */
-#define RUN_GAP ((size_t)64 << 10)    /* skipping less than this costs more than reading it */
-#define OUT_BYTES ((size_t)8 << 20)
+/* One read, one write: small enough to stay in the cache of a CPU between the two copies by the kernel. */
+#define RUN_BYTES ((size_t)512 << 10)
+#define RUN_GAP ((size_t)64 << 10) /* skipping less than this costs more than reading it */
+#define OUT_BYTES ((size_t)512 << 10)
 #define ROWS_OUT 4096U
 #define LOCKED_ROWS_MAX 2048U                 /* what is left to catch up under append_lock: at most so many rows */
 #define LOCKED_BYTES_MAX ((uint64_t)16 << 20) /* and about so many bytes, unless writers outrun the copy */
