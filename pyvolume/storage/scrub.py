@@ -59,10 +59,16 @@ class ScrubReport:
 
     total_files: int = 0
     findings: list[str] = field(default_factory=list)
+    position: ScrubPosition = field(default_factory=ScrubPosition, compare=False)
+    """How far records were read: to the end."""
 
 
 def go_on_always(_stats: ScrubStats) -> bool:
     return True
+
+
+def note_nothing(_position: ScrubPosition) -> None:
+    pass
 
 
 def scrub_volume(
@@ -72,10 +78,12 @@ def scrub_volume(
     bytes_per_s: int = 0,
     go_on: Callable[[ScrubStats], bool] = go_on_always,
     resume: ScrubPosition | None = None,
+    note: Callable[[ScrubPosition], None] = note_nothing,
 ) -> ScrubReport:
     """Looks through one volume. Takes as long as reading its files; reads and writes of the volume go on.
 
-    go_on is asked after each step; False ends the scrub with ScrubInterrupted, whose position `resume` takes. Damage is
+    go_on is asked after each step; False ends the scrub with ScrubInterrupted, whose position `resume` takes. `note` is
+    told of each step's position, which `resume` takes likewise. Damage is
     a finding; raises StorageError only for what has nothing to do with the volume (no memory), DiskError if its index
     cannot be read half way. Failpoint: scrub.step.
     """
@@ -101,7 +109,7 @@ def scrub_volume(
         stats = scrub.stat()
         if stats.idx_bytes == 0 and stats.dat_bytes > SUPER_BLOCK_SIZE:
             return ScrubReport(0, [f"zero-size IDX file for volume {volume.vid} with store size {stats.dat_bytes}"])
-        return _look(volume, scrub, index_only, bytes_per_s, go_on, resume)
+        return _look(volume, scrub, index_only, bytes_per_s, go_on, resume, note)
     except engine.NativeError as exc:
         raise from_native(exc.code, exc.info, vid=volume.vid, path=volume.idx_path) from exc
     finally:
@@ -129,7 +137,7 @@ def _scrub_remote(
     finally:
         os.close(length_fd)
     try:
-        report = _look(volume, scrub, True, 0, go_on, ScrubPosition())
+        report = _look(volume, scrub, True, 0, go_on, ScrubPosition(), note_nothing)
         stats = scrub.stat()
     except engine.NativeError as exc:
         raise from_native(exc.code, exc.info, vid=volume.vid, path=volume.idx_path) from exc
@@ -209,6 +217,7 @@ def _look(
     bytes_per_s: int,
     go_on: Callable[[ScrubStats], bool],
     resume: ScrubPosition,
+    note: Callable[[ScrubPosition], None],
 ) -> ScrubReport:
     overlaps: list[str] = []
     unreadable = list(resume.findings)
@@ -218,11 +227,14 @@ def _look(
                 overlaps.append(overlap_text(found))
             else:
                 unreadable.append((found.row, _record_text(volume, found)))
+        here = ScrubPosition(max(stats.position, resume.offset), stats.revision, tuple(unreadable))
         if not go_on(stats):
-            revision = stats.revision
-            raise ScrubInterrupted(ScrubPosition(max(stats.position, resume.offset), revision, tuple(unreadable)))
+            raise ScrubInterrupted(here)
+        note(here)
     stats = scrub.stat()
-    report = ScrubReport(stats.rows, overlaps)
+    report = ScrubReport(
+        stats.rows, overlaps, ScrubPosition(max(stats.position, resume.offset), stats.revision, tuple(unreadable))
+    )
     size_text = index_size_text(stats, volume.offset_width)
     if size_text:
         report.findings.append(size_text)

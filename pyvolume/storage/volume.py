@@ -74,7 +74,7 @@ CLAIM_LOG_INTERVAL_S: Final = 30.0
 
 VOLUME_FILE_EXTENSIONS: Final = ("dat", "idx", "vif", "sdx", "cpd", "cpx", "cpc", "ldb", "rdb", "note")
 """What deleting a volume removes beside both base names (contract storage.md 18), in this order."""
-_OWN_EXTENSIONS: Final = ("rocks", "cpldb", "cpd.kept", "cpx.kept", "idx.tmp", "vif.tmp")
+_OWN_EXTENSIONS: Final = ("rocks", "cpldb", "cpd.kept", "cpx.kept", "idx.tmp", "vif.tmp", "scrub", "scrub.tmp")
 
 # For upstream's words on a blob with a negative size.
 _HEADER_AND_CHECKSUM: Final = 20

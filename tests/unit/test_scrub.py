@@ -16,8 +16,10 @@ from test_grpc_handlers import NOWHERE, Code, Node, plain, unknown
 from pyvolume._native import engine
 from pyvolume._native.scrub import ScrubStats
 from pyvolume.errors import StorageError
+from pyvolume.faults import set_points
 from pyvolume.storage import compact, scrub
 from pyvolume.storage.scrub import ScrubInterrupted, scrub_volume
+from pyvolume.storage.scrub_state import ScrubState
 
 INDEX, FULL, LOCAL = 1, 2, 3
 
@@ -226,7 +228,142 @@ def test_writes_deletes_and_vacuums_go_on(tmp_path: Path) -> None:
     volume.close()
 
 
+# ------------------------------------------------------------------------------------------ going on after a restart
+
+
+def long_volume(directory: Path, bad_row: int = 2) -> scrub.ScrubPosition:
+    """A closed volume of 4 MB with a damaged record, and where a scrub stands in its middle."""
+    volume = create(directory)
+    for key in range(1, 200):
+        put(volume, key, bytes([key]) * 20_000)
+    row = rows_in(directory / "3.idx")[bad_row]
+    with (directory / "3.dat").open("r+b") as file:
+        file.seek(row[1] + 500)
+        file.write(b"\0\1")
+    volume.close()
+    return scrub.ScrubPosition(rows_in(directory / "3.idx")[100][1], 0, ((bad_row, "failed to read needle 3"),))
+
+
+def test_place_of_a_scrub_outlives_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = long_volume(tmp_path)
+    volume = load(tmp_path, 3)
+    state = ScrubState(volume)
+    assert state.position is None
+    state.note(place)
+    assert not (tmp_path / "3.scrub").exists(), "not at each step"
+    state.save(place)
+    volume.close()
+    volume = load(tmp_path, 3)
+    with caplog.at_level("INFO"):
+        state = ScrubState(volume)
+    assert state.position == place
+    assert f"volume 3: the scrub goes on at offset {place.offset}" in caplog.text
+    checked: list[int] = []
+    report = scrub_volume(volume, resume=state.position, go_on=lambda s: checked.append(s.checked_records) or True)
+    assert report.findings == ["failed to read needle 3"] and checked[-1] == 99
+    state.save(report.position)
+    assert ScrubState(volume).position == report.position
+    state.forget()
+    assert ScrubState(volume).position is None
+    state.save(place)
+    volume.destroy()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["vacuum", "another file", "a day", "the clock", "shorter"])
+def test_place_of_a_scrub_that_means_nothing_any_more(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = long_volume(tmp_path)
+    volume = load(tmp_path, 3)
+    ScrubState(volume).save(place)
+    if change == "vacuum":
+        compact.compact(volume)
+        compact.commit(volume)
+    elif change == "another file":
+        shutil.copy(tmp_path / "3.dat", tmp_path / "copy")
+        os.replace(tmp_path / "copy", tmp_path / "3.dat")
+    elif change == "shorter":
+        os.truncate(tmp_path / "3.dat", place.offset - 8)
+    else:
+        now = time.time() + (24 * 3600 + 1 if change == "a day" else -1000)
+        monkeypatch.setattr(time, "time", lambda: now)
+    assert ScrubState(volume).position is None
+    volume.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"format": 1}',
+        b'{"format": 1, "offset": -8, "revision": 0, "began_s": 0, "inode": 0, "findings": []}',
+        b'{"format": 1, "offset": true, "revision": 0, "began_s": 0, "inode": 0, "findings": []}',
+        b'{"format": 1, "offset": 8, "revision": 0, "began_s": 0, "inode": 0, "findings": [[1, 2]]}',
+        b'{"format": 1, "offset": 8, "revision": 0, "began_s": 0, "inode": 0, "findings": [7]}',
+        b'{"format": 1, "offset": 8, "revision": 0, "began_s": 0, "inode": 0, "findings": null}',
+        b" " * (2 << 20),
+    ],
+)
+def test_damaged_place_of_a_scrub_is_passed_over(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = create(tmp_path)
+    (tmp_path / "3.scrub").write_bytes(content)
+    assert ScrubState(volume).position is None
+    assert f"{tmp_path}/3.scrub" in caplog.text and "the scrub begins anew" in caplog.text
+    volume.close()
+
+
+def test_place_that_cannot_be_noted_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = long_volume(tmp_path)
+    volume = load(tmp_path, 3)
+    state = ScrubState(volume)
+    with set_points("scrub.state.write=error:ENOSPC"):
+        state.save(place), state.save(place)
+    assert caplog.text.count("noting where the scrub is") == 1
+    assert not list(tmp_path.glob("3.scrub*"))
+    many = tuple((row, "text") for row in range(1001))
+    state.save(scrub.ScrubPosition(place.offset, 0, many))
+    assert ScrubState(volume).position is None, "what is too much is found again"
+    volume.close()
+
+
 # ------------------------------------------------------------------------------------------------------------- the RPC
+
+
+def test_scrub_cut_short_goes_on_in_the_next_call(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for vid in (1, 2):
+        node.alloc(vid)
+        for key in range(1, 60):
+            node.put(vid, key, bytes([key]) * 20_000)
+    monkeypatch.setattr(scrub, "STEP_BYTES", 200_000)
+    checked: list[int] = []  # records read, by scrub
+    run = scrub.run
+
+    def cut(scrubbing: object, rate: int) -> Iterator[ScrubStats]:
+        checked.append(0)
+        for stats in run(scrubbing, rate):  # type: ignore[arg-type]
+            checked[-1] = stats.checked_records
+            if len(checked) == 2 and stats.checked_records > 20:
+                node.context.stopping.set()
+            yield stats
+
+    monkeypatch.setattr(scrub, "run", cut)
+    assert node.call("ScrubVolume", mode=FULL).code is not Code.OK
+    assert checked[0] == 59 and 20 < checked[1] < 59
+    places = {vid: next(p for d in (0, 1) if (p := node.file(f"{vid}.dat", d)).exists()) for vid in (1, 2)}
+    left = [place.with_suffix(".scrub") for place in places.values()]
+    assert all(path.exists() for path in left), "the first is done, the second half done"
+    node.context.stopping.clear()
+    answer = node.call("ScrubVolume", mode=FULL).first
+    assert (answer.total_volumes, answer.total_files, list(answer.details)) == (2, 118, [])
+    assert checked[2] == 0 and checked[3] in (59 - checked[1], 60 - checked[1])
+    assert not any(path.exists() for path in left)
 
 
 @pytest.fixture
