@@ -1,8 +1,8 @@
 """Where the scrub of a volume has come, in a small file beside its data, so that a restart does not begin it anew.
 
 May import volume, scrub, files and the leaves. `<base>.scrub` means nothing to upstream; it goes with the volume, and
-when the scrub that it belongs to is done. What is read from it is checked, and not believed for longer than a day: then,
-or after a vacuum, or with another file in the data file's place, all is read anew.
+when the scrub that it belongs to is done. What is read from it is checked, and not believed for longer than a day:
+then, or after a vacuum, or with another file in the data file's place, all is read anew.
 """
 
 from __future__ import annotations
