@@ -167,8 +167,11 @@ def watch_lane(metrics: ServerMetrics, lane: FastLane) -> None:
             stats = lane.stats()
             before = seen[-1] if seen else None
             seen[:] = [stats]
+            alone = before.copied - stats.copied if before else -stats.copied  # writes that went nowhere else
             for (public, method, status), count in stats.requests.items():
                 more = count - (before.requests.get((public, method, status), 0) if before else 0)
+                if method in ("PUT", "POST", "DELETE"):
+                    alone += more
                 if more:
                     metrics.request_total.value(str(status), method).inc(more)
                     if method in ("GET", "HEAD", "OPTIONS"):
@@ -187,6 +190,8 @@ def watch_lane(metrics: ServerMetrics, lane: FastLane) -> None:
                 copied = [n - (old[i] if old else 0) for i, n in enumerate(stats.copy_latency)]
                 seconds = stats.copy_seconds - (before.copy_seconds if before else 0.0)
                 metrics.writes_replicated(more, stats.copies - (before.copies if before else 0), copied, seconds)
+            if alone > 0:
+                metrics.writes_not_replicated(alone)
         for reason, count in stats.handed_over.items():
             handed_over.value(reason).set(count)
         returned.value().set(stats.given)

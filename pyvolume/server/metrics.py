@@ -468,6 +468,10 @@ class ServerMetrics(Events):
         targets[bisect_left(TARGET_BUCKETS, copies / count)] = count
         self._targets.add(targets, float(copies))
 
+    def writes_not_replicated(self, count: int) -> None:
+        """Writes and deletes of the fast lane that concerned no other server."""
+        self._targets.add([count, *[0] * len(TARGET_BUCKETS)], 0.0)
+
     def replication_failed(self, operation: str, reason: str) -> None:
         self._replication_failures.value(operation, reason).inc()
 

@@ -308,7 +308,25 @@ def test_copied_writes_are_counted(both: tuple[Bench, Replica]) -> None:
     assert f'{prefix}_operations_total{{operation="write",result="success"}} 3\n' in text
     assert f'{prefix}_seconds_count{{operation="write"}} 3\n' in text
     assert f"{prefix}_targets_sum 3\n" in text
+    assert f"{prefix}_targets_count 3\n" in text
     assert f'{prefix}_targets_bucket{{le="1"}} 3\n' in text
+
+
+def test_writes_that_concern_no_other_server_count_as_of_no_target(both: tuple[Bench, Replica]) -> None:
+    bench, _ = both
+    metrics = ServerMetrics(bench.context.config)
+    assert bench.lane is not None
+    watch_lane(metrics, bench.lane)
+    fid = bench.fid(1)
+    assert put(bench, fid) == 201
+    assert bench.ask("DELETE", f"/{fid}").status == 202
+    assert put(bench, bench.fid(7), query="?type=replicate") == 201
+    assert put(bench, bench.fid(7)) == 201
+    assert put(bench, bench.fid(7)) == 201
+    for _ in range(2):
+        text = metrics_page(metrics.registry, "", {}).body.decode()
+        assert "SeaweedFS_volumeServer_replication_targets_count 4\n" in text, "the fourth was not the lane's"
+        assert "SeaweedFS_volumeServer_replication_targets_sum 1\n" in text
 
 
 def test_who_may_not_write_is_not_copied_for(tmp_path: Path) -> None:
