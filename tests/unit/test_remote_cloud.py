@@ -50,6 +50,9 @@ class Store:
                 if "missing" in self.path:
                     self._answer(404, b"<Error><Code>BlobNotFound</Code></Error>")
                     return
+                if "projection=" in self.path:  # what Google's library asks of a bucket besides
+                    self._answer(200, b"{}")
+                    return
                 if outer.stall is not None:
                     outer.stall.wait(20)
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", headers.get("x-ms-range", "")))
@@ -159,7 +162,7 @@ def test_ranges_are_read_with_the_librarys_credentials(cloud: tuple[Store, Calla
         headers["authorization"] in ("Bearer tok",) or "SharedKey account1:" in headers["authorization"]
         for headers in gets
     )
-    assert "deep/ä b" in next(path for method, path, _ in store.seen if method == "GET")
+    assert any("deep/ä b" in path for method, path, _ in store.seen if method == "GET")
     client.close()
 
 
