@@ -351,7 +351,9 @@ PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, ui
 enum pv_write_flag {
     PV_WRITE_CHECK_COOKIE = 1, /* refuse another cookie; without it cookie 0 adopts the stored one */
     PV_WRITE_FSYNC = 2,        /* data on disk before the entry is published and the call returns (group commit) */
-    PV_WRITE_ENTRY = 4         /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none). Without it the key
+    PV_WRITE_NOWAIT = 8, /* PV_ESYS with EAGAIN, and nothing done, instead of a wait of more than a moment for another
+                                  change of the volume; one for the disk is not meant */
+    PV_WRITE_ENTRY = 4   /* PV_VOL_NO_MAP: *known is the caller's map entry (offset 0 = none). Without it the key
                                   counts as absent. Its revision must be right also if it is none. Calls for one key
                                   must be serialised by the owner of the map.
                                   Not looked at when the handle has a map. */

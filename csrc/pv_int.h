@@ -115,6 +115,14 @@ static inline void pv__must(int rc) {
 static inline void pv__mutex_lock(pthread_mutex_t *m) {
     pv__must(pthread_mutex_lock(m));
 }
+/* Waits no longer than until a time of CLOCK_REALTIME. 0: the lock is not held. */
+static inline int pv__mutex_lock_until(pthread_mutex_t *m, const struct timespec *until) {
+    int rc = pthread_mutex_timedlock(m, until);
+    if (rc != ETIMEDOUT) {
+        pv__must(rc);
+    }
+    return rc == 0;
+}
 
 static inline void pv__mutex_unlock(pthread_mutex_t *m) {
     pv__must(pthread_mutex_unlock(m));

@@ -105,7 +105,8 @@ struct op {
     enum op_kind kind;
     bool replicate;
     bool fsync;
-    int why; /* -1, or enum pv_lane_reason */
+    bool locked; /* another change of the volume takes its time */
+    int why;     /* -1, or enum pv_lane_reason */
     uint32_t vid;
     pv_vol *v;          /* a reference */
     uint64_t copy_ns;   /* what a write with copies took */
@@ -168,8 +169,8 @@ typedef struct listener {
     uint32_t flags;
 } listener;
 
-/* Jobs and the threads that do them, first come first served. Writes that wait for replicas, and flushed writes have threads of their own, so that a replica or a
- * disk that is slow keeps no read waiting; many of them share one flush in the engine. */
+/* Jobs and the threads that do them, first come first served. Writes that wait for replicas have threads of their own, and those
+ * that wait for a flush or another change, so that no read has to wait behind them; many share one flush in the engine. */
 typedef struct job_queue {
     pthread_mutex_t lock;
     pthread_cond_t cond;
@@ -748,18 +749,21 @@ static bool would_block(int rc, const pv_errinfo *err) {
     return rc == PV_ESYS && (err->sys_errno == EAGAIN || err->sys_errno == EOPNOTSUPP);
 }
 
-/* Does the work of o. 1: it would wait for the disk, and cached asks not to. */
-static int work(op *o, bool cached) {
-    uint32_t how = PV_READ_ENTRY | o->read_flags | (cached ? PV_READ_CACHED : 0);
+/* Does the work of o. 1: it would wait for the disk or another change, and soon asks not to. */
+static int work(op *o, bool soon) {
+    uint32_t how = PV_READ_ENTRY | o->read_flags | (soon ? PV_READ_CACHED : 0);
     int rc;
     if (o->kind == OP_WRITE) {
-        uint32_t flags = PV_WRITE_CHECK_COOKIE | (o->fsync ? PV_WRITE_FSYNC : 0);
+        uint32_t flags = PV_WRITE_CHECK_COOKIE | (o->fsync ? PV_WRITE_FSYNC : 0) | (soon ? PV_WRITE_NOWAIT : 0);
         rc = pv_vol_write(o->v, &o->n, flags, NULL, &o->res, &o->err);
+        if (soon && would_block(rc, &o->err)) {
+            return 1;
+        }
         o->why = rc < 0 ? PV_LANE_WHY_WRITE : -1;
         return 0;
     }
     rc = pv_vol_read(o->v, o->key, how, &o->entry, &o->rd, &o->err);
-    if (cached && would_block(rc, &o->err)) {
+    if (soon && would_block(rc, &o->err)) {
         return 1;
     }
     if (rc < 0) {
@@ -770,7 +774,12 @@ static int work(op *o, bool cached) {
     if (o->rd.empty || n->cookie != o->cookie || (n->flags & (PV_F_MANIFEST | PV_F_PAIRS)) != 0) {
         o->why = PV_LANE_WHY_NEEDLE;
     } else if (o->kind == OP_DELETE) {
-        rc = pv_vol_delete(o->v, o->key, o->cookie, n->checksum, 0, NULL, &o->deleted, &o->res, &o->err);
+        rc = pv_vol_delete(o->v, o->key, o->cookie, n->checksum, soon ? PV_WRITE_NOWAIT : 0, NULL, &o->deleted, &o->res,
+                           &o->err);
+        if (soon && would_block(rc, &o->err)) {
+            pv_read_free(&o->rd);
+            return 1;
+        }
         o->why = rc < 0 ? PV_LANE_WHY_WRITE : -1;
     }
     if (o->why >= 0 || o->kind == OP_DELETE) {
@@ -1031,7 +1040,7 @@ static bool stash(lane_thread *t, conn *c, const char *p, size_t n, size_t want)
 
 /* Gives work to an I/O thread. The input is stashed already. False: the queue is full. */
 static bool queue_job(lane_thread *t, conn *c, op *o) {
-    job_queue *q = o->copies.count != 0 ? &t->lane->copy : o->fsync ? &t->lane->sync : &t->lane->io;
+    job_queue *q = o->copies.count != 0 ? &t->lane->copy : o->fsync || o->locked ? &t->lane->sync : &t->lane->io;
     o->c = c;
     o->t = t;
     o->next = NULL;
@@ -1062,6 +1071,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         return hand_over(t, c, p, avail, why);
     }
     bool wait = false;
+    bool locked = false;
     int rc = pv_vol_lookup(o->v, o->key, &o->entry);
     uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
     if (o->kind == OP_WRITE) {
@@ -1087,6 +1097,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
             why = PV_LANE_WHY_UPLOAD;
         } else {
             wait = work(o, true) != 0;
+            locked = wait && o->kind != OP_READ;
         }
     }
     if (why >= 0 || !wait) {
@@ -1109,6 +1120,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     job->v = NULL;
     why = admit(t, c, c->buf, job);
     job->entry = entry;
+    job->locked = locked;
     memset(&job->rd, 0, sizeof job->rd);
     if (why < 0 && job->kind == OP_WRITE && !make_needle(t, c, c->buf, job)) {
         why = PV_LANE_WHY_UPLOAD;

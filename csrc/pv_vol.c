@@ -43,6 +43,7 @@
 #define DATA_SIZE_BYTES 4U
 #define CHECKSUM_BYTES 4U
 #define TIME_BYTES 8U
+#define NOWAIT_NS 500000     /* what PV_WRITE_NOWAIT waits nevertheless */
 #define META_SPAN_MAX 131072 /* upstream's bound on what follows the data of a needle read without its data */
 
 /* pv_errinfo.d of a failed write */
@@ -1068,6 +1069,27 @@ typedef struct change {
     uint64_t append_at_ns;
 } change;
 
+/* The lock, if it comes within a moment: that of a few appends, not that of a disk. */
+static bool lock_soon(pthread_mutex_t *lock) {
+    if (pthread_mutex_trylock(lock) == 0) {
+        return true;
+    }
+    struct timespec until;
+    pv__must(clock_gettime(CLOCK_REALTIME, &until));
+    until.tv_nsec += NOWAIT_NS;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    return pv__mutex_lock_until(lock, &until) != 0;
+}
+
+static int would_wait(pv_errinfo *err, uint64_t id) {
+    int rc = pv__fail(err, PV_ESYS, 0, 0, id, 0);
+    err->sys_errno = EAGAIN;
+    return rc;
+}
+
 /* Enters the handle, takes append_lock, waits until the key is free, and finds what is known of it. On failure nothing
  * is held. */
 static int change_begin(pv_vol *v, change *c, uint64_t id, bool is_delete, uint32_t flags, const pv_entry *known,
@@ -1077,8 +1099,19 @@ static int change_begin(pv_vol *v, change *c, uint64_t id, bool is_delete, uint3
     if (rc < 0) {
         return pv__fail(err, rc, v->vid, 0, id, 0);
     }
-    pv__mutex_lock(&v->append_lock);
+    bool may_wait = (flags & PV_WRITE_NOWAIT) == 0;
+    if (may_wait) {
+        pv__mutex_lock(&v->append_lock);
+    } else if (!lock_soon(&v->append_lock)) {
+        pv__vol_leave(v);
+        return would_wait(err, id);
+    }
     while (PV__UNLIKELY(v->swapping) || (PV__UNLIKELY(v->pend_head != NULL) && key_is_pending(v, id))) {
+        if (!may_wait) {
+            pv__mutex_unlock(&v->append_lock);
+            pv__vol_leave(v);
+            return would_wait(err, id);
+        }
         pv__cond_wait(&v->flush_cond, &v->append_lock);
     }
     c->g = v->gen;

@@ -461,6 +461,91 @@ static void test_full_mailbox_and_limit(void) {
     end(&b);
 }
 
+/* A hook that holds the first write of a file until the test lets it go. */
+typedef struct gate {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool held;
+    bool passed;
+} gate;
+
+static int gate_hook(void *ctx, const pv__io_event *ev, size_t *len) {
+    gate *g = ctx;
+    (void)len;
+    pv__mutex_lock(&g->lock);
+    if (ev->op == PV__IO_PWRITE && !g->held) {
+        g->held = true;
+        pv__cond_broadcast(&g->changed);
+        while (!g->passed) {
+            pv__cond_wait(&g->changed, &g->lock);
+        }
+    }
+    pv__mutex_unlock(&g->lock);
+    return 0;
+}
+
+static void *slow_writer(void *arg) {
+    const pv_needle n = {.id = 77, .cookie = 1, .data = (const uint8_t *)"slow", .data_size = 4};
+    pv_write_res res;
+    CHECK_EQ(pv_vol_write(arg, &n, 0, NULL, &res, NULL), 0);
+    return NULL;
+}
+
+/* A change that a disk holds up keeps those waiting that come behind it, but no lane thread: reads are served. */
+static void test_a_slow_change_holds_up_no_lane_thread(void) {
+    enum { CONNECTIONS = 12 };
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
+    char body[4096];
+    size_t n;
+    int writer = dial(&b), deleter = dial(&b), readers[CONNECTIONS];
+    CHECK_EQ(ask(writer, POST5, body, &n), 201);
+    CHECK_EQ(ask(deleter, "POST /3,02deadbeef HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\nContent-Length: 2\r\n\r\nhi",
+                 body, &n),
+             201);
+    for (int i = 0; i < CONNECTIONS; i++) {
+        readers[i] = dial(&b);
+        CHECK_EQ(ask(readers[i], REQUEST "\r\n", body, &n), 200); /* each is with its thread now */
+    }
+    gate g = {0};
+    CHECK_EQ(pv__mutex_init(&g.lock), 0);
+    CHECK_EQ(pv__cond_init(&g.changed), 0);
+    pv__io_set_hook(gate_hook, &g);
+    pthread_t slow;
+    CHECK_EQ(pthread_create(&slow, NULL, slow_writer, b.v), 0);
+    pv__mutex_lock(&g.lock);
+    while (!g.held) {
+        pv__cond_wait(&g.changed, &g.lock);
+    }
+    pv__mutex_unlock(&g.lock);
+    static const char fresh[] =
+        "POST /3,03deadbeef HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\nContent-Length: 3\r\n\r\nnew";
+    static const char remove[] = "DELETE /3,02deadbeef HTTP/1.1\r\nHost: h\r\n\r\n";
+    say(writer, fresh, sizeof fresh - 1);
+    say(deleter, remove, sizeof remove - 1);
+    pv_lane_stats stats;
+    do {
+        pv_lane_stat(b.lane, &stats);
+    } while (stats.io_jobs < 2);
+    for (int i = 0; i < CONNECTIONS; i++) {
+        CHECK_EQ(ask(readers[i], REQUEST "\r\n", body, &n), 200);
+        CHECK(close(readers[i]) == 0);
+    }
+    char early;
+    CHECK_EQ(recv(writer, &early, 1, MSG_DONTWAIT), -1);
+    pv__mutex_lock(&g.lock);
+    g.passed = true;
+    pv__cond_broadcast(&g.changed);
+    pv__mutex_unlock(&g.lock);
+    CHECK_EQ(hear(writer, body, &n), 201);
+    CHECK_EQ(hear(deleter, body, &n), 202);
+    CHECK_EQ(pthread_join(slow, NULL), 0);
+    pv__io_set_hook(NULL, NULL);
+    CHECK(close(writer) == 0 && close(deleter) == 0);
+    CHECK_EQ(pthread_mutex_destroy(&g.lock), 0);
+    CHECK_EQ(pthread_cond_destroy(&g.changed), 0);
+    end(&b);
+}
+
 int main(void) {
     RUN(test_heads);
     RUN(test_head_fields);
@@ -472,5 +557,6 @@ int main(void) {
     RUN(test_slow_half_closed_and_idle);
     RUN(test_stop);
     RUN(test_full_mailbox_and_limit);
+    RUN(test_a_slow_change_holds_up_no_lane_thread);
     return T_END();
 }
