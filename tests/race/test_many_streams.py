@@ -1,4 +1,4 @@
-"""Long streams, more than there are threads for, leave short calls their turn and give everything back."""
+"""Two hundred long streams that stand still all run, leave short calls their turn, and give everything back."""
 
 from __future__ import annotations
 
@@ -46,15 +46,8 @@ def test_two_hundred_streams_leave_short_calls_their_turn(tmp_path: Path) -> Non
                 response_deserializer=getattr(pb, f"{name}Response").FromString,
             )
             streams.append(start(requests[name]))
-        first = []
-        for stream in streams:  # nobody reads on: those that run stand still, full
-            try:
-                next(stream)
-                first.append("runs")
-            except grpc.RpcError as exc:
-                first.append(exc.code().name)
-        assert set(first) <= {"runs", "RESOURCE_EXHAUSTED"}
-        assert first.count("runs") >= 40
+        for stream in streams:  # nobody reads on: they stand still, full
+            next(stream)
         for _ in range(20):
             assert bed.call("Ping").start_time_ns > 0
             assert bed.call("VolumeStatus", volume_id=1).file_count == 16

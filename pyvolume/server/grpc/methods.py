@@ -37,8 +37,8 @@ class Kind(Enum):
 
 LIMITS: dict[Kind, int] = {
     Kind.UNARY: 64,
-    Kind.COPY: 24,
-    Kind.TAIL: 32,
+    Kind.COPY: 128,
+    Kind.TAIL: 256,
     Kind.SCAN: 12,
     Kind.VACUUM: 16,
     Kind.EC_READ: 64,
