@@ -12,16 +12,19 @@ a server is really started, so that usage errors and `version` answer at once.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pyvolume import config, log
 from pyvolume.config import USAGE_STATUS, ParsedFlags, UsageError, go_quote
 from pyvolume.version import PYVOLUME_VERSION, full_version
+
+if TYPE_CHECKING:
+    import argparse
 
 _log = logging.getLogger(__name__)
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386", "armv7l": "arm"}
@@ -121,6 +124,8 @@ def _help(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def manpage_parser() -> argparse.ArgumentParser:
     """The flags as an argparse parser, from which the manual page is made. Never used to parse: the grammar differs."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog=config.PROGRAM,
         add_help=False,

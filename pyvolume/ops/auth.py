@@ -5,21 +5,16 @@ Pure decisions on values; no sockets, no responses. Must not import server or st
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import jwt
-from jwt.algorithms import HMACAlgorithm
+from typing import Protocol
 
 from pyvolume.log import V1
 
 _log = logging.getLogger(__name__)
 
-_ALGORITHMS = ("HS256", "HS384", "HS512")
 _MAPPED_BITS = 96  # of an IPv6 address that holds an IPv4 one
 _BEARER_PREFIX_LENGTH = 7  # "Bearer" and the character after it, whatever that is
 
@@ -33,48 +28,6 @@ class SecuritySettings(Protocol):
     def jwt_read_key(self) -> bytes: ...
     @property
     def white_list(self) -> tuple[str, ...]: ...
-
-
-class _Hmac(HMACAlgorithm):
-    """HMAC without PyJWT's advice on key length: operators choose the key, masters and filers must agree on it."""
-
-    def check_key_length(self, key: bytes) -> str | None:
-        return None
-
-
-def _verifier() -> jwt.PyJWS:
-    jws = jwt.PyJWS(algorithms=_ALGORITHMS)
-    for name, digest in zip(_ALGORITHMS, (hashlib.sha256, hashlib.sha384, hashlib.sha512), strict=True):
-        jws.unregister_algorithm(name)
-        jws.register_algorithm(name, _Hmac(digest))
-    return jws
-
-
-class _Tokens(jwt.PyJWT):
-    """PyJWT with the registered claims checked that upstream checks: exp and nbf if present, no leeway."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            {
-                "verify_exp": True,
-                "verify_nbf": True,
-                "verify_iat": False,
-                "verify_aud": False,
-                "verify_iss": False,
-                "verify_sub": False,
-                "verify_jti": False,
-            }
-        )
-        self._jws = _verifier()
-
-
-_TOKENS = _Tokens()
-_REASONS = (
-    (jwt.ExpiredSignatureError, "token has invalid claims: token is expired"),
-    (jwt.ImmatureSignatureError, "token has invalid claims: token is not valid yet"),
-    (jwt.InvalidAlgorithmError, "token signature is invalid: signing method is invalid"),
-    (jwt.InvalidSignatureError, "token signature is invalid: signature is invalid"),
-)
 
 
 def bearer_token(query_token: str, authorization: str, cookie_token: Callable[[], str]) -> str:
@@ -95,13 +48,15 @@ def token_allows(key: bytes, token: str, vid: str, fid: str, peer_ip: str = "") 
     if not token:
         _log.log(V1, "missing jwt from %s", peer_ip)
         return False
+    from pyvolume.ops import tokens  # PyJWT is slow to import, and nothing without a signing key
+
     cut = fid.rfind("_")
     if cut > 0:
         fid = fid[:cut]
     try:
-        claims: dict[str, Any] = _TOKENS.decode(token, key, algorithms=list(_ALGORITHMS))
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as exc:
-        _log.log(V1, "jwt verification error from %s: %s", peer_ip, _reason(exc))
+        claims = tokens.claims_of(key, token)
+    except tokens.BadToken as exc:
+        _log.log(V1, "jwt verification error from %s: %s", peer_ip, exc)
         return False
     allowed = claims.get("fid") == f"{vid},{fid}"
     if not allowed:
@@ -109,14 +64,6 @@ def token_allows(key: bytes, token: str, vid: str, fid: str, peer_ip: str = "") 
             V1, 'jwt fid mismatch from %s: token has "%s", request has "%s,%s"', peer_ip, claims.get("fid"), vid, fid
         )
     return allowed
-
-
-def _reason(error: Exception) -> str:
-    """Upstream's words; never anything that the token holds."""
-    for kind, text in _REASONS:
-        if isinstance(error, kind):
-            return text
-    return "token is malformed"
 
 
 @dataclass(frozen=True)

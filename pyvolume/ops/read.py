@@ -21,7 +21,7 @@ from pyvolume.errors import (
     StorageError,
     VolumeClosed,
 )
-from pyvolume.ops import gz, images, manifest, proxy
+from pyvolume.ops import gz, image_query, manifest, proxy
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
 from pyvolume.ops.gourl import encode_path
@@ -127,7 +127,7 @@ def _from_volume(ops: Ops, request: Request, volume: Volume, needle_id: int, coo
     read_deleted = bool(request.raw_query or request.form_fields) and request.value(b"readDeleted") == b"true"
     wanted = _image_query(request)
     ext = request.url.ext.decode("latin-1").lower()
-    whole = request.method != "HEAD" and bool(wanted) and bool(images.operation(ext, wanted))
+    whole = request.method != "HEAD" and bool(wanted) and bool(image_query.operation(ext, wanted))
     try:
         needle = volume.read_needle(needle_id, read_deleted=read_deleted, meta_ok=not whole)
         if needle.meta_only and needle.flags & (COMPRESSED | MANIFEST):
@@ -264,17 +264,19 @@ def _image(request: Request, found: native.GetNeedle, wanted: dict[str, str]) ->
     ext = request.url.ext.decode("latin-1")
     if not ext and found.name and not request.url.filename:
         ext = native.name_ext(found.name).decode("latin-1")
-    todo = images.operation(ext.lower(), wanted)
+    todo = image_query.operation(ext.lower(), wanted)
     if not todo or found.data is None:
         return
     if found.flags & COMPRESSED:
         packed = gz.is_gzip(found.data)
         accepted = b"gzip" in request.header(b"accept-encoding")
-        if packed and accepted and not images.operation(ext, wanted):
+        if packed and accepted and not image_query.operation(ext, wanted):
             return
         if packed:
             found.data = _unpacked(found.data) or b""
         found.plain = True
+    from pyvolume.ops import images
+
     found.data = images.apply(_whole(found.data), ext, todo)
     found.data_len = len(found.data)
 
@@ -457,13 +459,15 @@ def _expanded(
         expanded_manifest=True,
     )
     ext = request.url.ext.decode("latin-1") or native.name_ext(asked.filename or name).decode("latin-1")
-    todo = images.operation(ext.lower(), wanted)
+    todo = image_query.operation(ext.lower(), wanted)
     if todo and 0 < parsed.total_bytes <= MAX_IMAGE_BYTES:
         try:
             joined = b"".join(reader.stream(0, parsed.total_bytes))
         except manifest.ChunkError:
             joined = b""  # not decodable, as upstream finds it: served as it is, where the error shows
         if joined:
+            from pyvolume.ops import images
+
             whole.data = images.apply(joined, ext, todo)
             whole.data_len = len(whole.data)
             return _planned(ops, asked, whole, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pyvolume._native import http as native
 from pyvolume._native.engine import crc32c
 from pyvolume.errors import PyvolumeError, StorageError, VolumeNotFound, VolumeReadOnly
-from pyvolume.ops import gojson, gz, images, replicate
+from pyvolume.ops import gojson, gz, replicate
 from pyvolume.ops.auth import token_allows
 from pyvolume.ops.context import Ops
 from pyvolume.ops.message import JSON_HEADERS, Buffer, Query, Request, Response, Unanswered, empty, json_error
@@ -193,6 +193,8 @@ def parse(ops: Ops, request: Request, parameters: Query, body: Buffer) -> Upload
         needle.flags |= FLAG_HAS_TTL
     needle.last_modified_s = native.parse_ts(parameters.get(b"ts")) or int(time.time())
     if ops.config.fix_orientation and _is_jpeg(found.name, found.mime):
+        from pyvolume.ops import images
+
         needle.data = images.upright(data if isinstance(data, bytes | memoryview) else bytes(data))
     return Upload(needle, size, md5, found.is_multipart)
 

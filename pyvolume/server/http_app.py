@@ -46,7 +46,7 @@ from pyvolume.ops.message import (
 from pyvolume.ops.peers import PeerClient
 from pyvolume.ops.throttle import ByteGate, Slots
 from pyvolume.pb import volume_server_pb2
-from pyvolume.server import http_pages, profiling, ui
+from pyvolume.server import http_pages, ui
 from pyvolume.server.address import join_host_port, source_ip, with_grpc_port
 from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.http_admission import ADMITTED_KEY, REDIRECT_KEY, URL_KEY, AdminAdmission, PublicAdmission
@@ -323,6 +323,8 @@ class App:
             return http_pages.static_file(name, environ)(environ, start_response)
         if endpoint == "pprof":
             values = parse_qs(query.decode("latin-1"))
+            from pyvolume.server import profiling
+
             found = profiling.debug_page(name, {key: texts[-1] for key, texts in values.items()})
             assert found is not None
             return _framed(start_response, Response(found.status, found.headers, found.body))

@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.exceptions import RequestedRangeNotSatisfiable
@@ -193,23 +194,27 @@ def _icon() -> bytes:
 
 _FOLDER = bytes.fromhex("47494638396101000100800000f0b429ffffff2c00000000010001000002024401003b")  # one yellow pixel
 
-_FILES: Mapping[str, tuple[str, bytes]] = {
-    "favicon.ico": ("image/x-icon", _icon()),
-    **assets(),
-    "seaweed50x50.png": ("image/png", _png(50)),
-    "images/folder.gif": ("image/gif", _FOLDER),
-    _STYLE_NAME: ("text/css; charset=utf-8", _STYLE.encode()),
-    "javascript/jquery-3.6.0.min.js": ("text/javascript; charset=utf-8", _SCRIPT.encode()),
-    "javascript/jquery-sparklines/2.1.2/jquery.sparkline.min.js": (
-        "text/javascript; charset=utf-8",
-        _SCRIPT.encode(),
-    ),
-}
+
+@cache
+def _files() -> Mapping[str, tuple[str, bytes]]:
+    """Media type and content by path below STATIC_PREFIX. Made once, when the first of them is asked for."""
+    return {
+        "favicon.ico": ("image/x-icon", _icon()),
+        **assets(),
+        "seaweed50x50.png": ("image/png", _png(50)),
+        "images/folder.gif": ("image/gif", _FOLDER),
+        _STYLE_NAME: ("text/css; charset=utf-8", _STYLE.encode()),
+        "javascript/jquery-3.6.0.min.js": ("text/javascript; charset=utf-8", _SCRIPT.encode()),
+        "javascript/jquery-sparklines/2.1.2/jquery.sparkline.min.js": (
+            "text/javascript; charset=utf-8",
+            _SCRIPT.encode(),
+        ),
+    }
 
 
 def _entries(directory: str) -> list[str]:
     """What lies in a directory of the static files, `""` or a name that ends with a slash; directories with a slash."""
-    below = [path[len(directory) :] for path in _FILES if path.startswith(directory)]
+    below = [path[len(directory) :] for path in _files() if path.startswith(directory)]
     return sorted({first + slash for first, slash, _ in (path.partition("/") for path in below)})
 
 
@@ -217,16 +222,16 @@ def _other_spelling(name: str) -> str:
     """Where Go's file server sends a directory without its slash, a file with one, and an index page; "" elsewhere."""
     if name == "index.html" or name.endswith("/index.html"):
         return "./"
-    if name.endswith("/") and name[:-1] in _FILES:
+    if name.endswith("/") and name[:-1] in _files():
         return "../" + name[:-1].rsplit("/", 1)[-1]
-    if any(path.startswith(name + "/") for path in _FILES):
+    if any(path.startswith(name + "/") for path in _files()):
         return name.rsplit("/", 1)[-1] + "/"
     return ""
 
 
 def static_file(name: str, environ: dict[str, Any]) -> PageResponse:
     """A static file or a listing of a directory, with ranges, for whatever method; 404 in Go's words otherwise."""
-    found = _FILES.get(name)
+    found = _files().get(name)
     if found is not None:
         kind, data = found
         page = PageResponse([data], content_type=kind)

@@ -9,11 +9,14 @@ thread `start` builds the server, `stop` takes it down, `reload` serves SIGHUP; 
 a reload that a stop overtakes.
 
 The parts are imported where they are built: flags and settings that forbid a start are told before the slow imports.
+What serves requests is imported by the thread `imports` while masters are asked and volumes are loaded. For these, and
+for the collector that rests meanwhile, see docs/decisions/0100-starts.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -23,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyvolume import faults, lockwatch, log
@@ -77,6 +81,7 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
     The handlers of `inbox` are installed already.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.disable()  # until the ports serve: what a start makes stays
     if faults.active():
         _log.warning("failpoints are set, this is no server to keep data on: %s", ", ".join(faults.active()))
     process = Process(flags, inbox, dict(os.environ if environ is None else environ))
@@ -88,6 +93,8 @@ def run(flags: ParsedFlags, inbox: Inbox, environ: Mapping[str, str] | None = No
             if note.kind == "stopped":
                 log.flush()
                 return note.status
+            gc.freeze()  # modules and the like are never looked at again: a full collection is a pause of all threads
+            gc.enable()
             process.serving = True
             # Signals that came between binding the ports and now:
             if process.stop_begun:
@@ -171,6 +178,7 @@ class Process:
             channels = secure_channels(tls.grpc)
         master = MasterClient(config, channels=channels)
         self._open_start_page(config, tls)
+        imports = _import_ahead(security)
         answer = self._ask_master(master)
         store = self._load_store(config, metrics, answer)
         awaiting = answer is None and bool(master.seeds)
@@ -190,6 +198,7 @@ class Process:
         if answer is not None:
             self._apply_master(answer)
         _warn_open_calls(config, security)
+        imports.join()
         self._bind(context)
         self._inbox.defer()
         context.heartbeat.start()
@@ -252,10 +261,9 @@ class Process:
 
     def _start_observers(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         """Profiles and the listeners beside the service, which answer before any master does."""
-        from pyvolume.server.profiling import FileProfiles
-        from pyvolume.server.side_http import SideServer, side_pages
-
         if config.debug:
+            from pyvolume.server.side_http import SideServer, side_pages
+
             _log.info("Starting debug server for pprof at http://127.0.0.1:%d/debug/pprof/", config.debug_port)
             pages = side_pages(metrics.registry if config.metrics_port else None)
             reason = bind_refusal("127.0.0.1", config.debug_port)
@@ -264,11 +272,15 @@ class Process:
             else:
                 SideServer("127.0.0.1", config.debug_port, pages, "http-debug").start()
         if not config.pprof and (config.cpu_profile or config.mem_profile):
+            from pyvolume.server.profiling import FileProfiles
+
             try:
                 self._profiles = FileProfiles(config.cpu_profile, config.mem_profile)
             except OSError as exc:
                 log.fatal("open %s: %s", exc.filename, error_text(exc))
         if config.metrics_port:
+            from pyvolume.server.side_http import SideServer, side_pages
+
             refusal = bind_refusal(config.metrics_ip, config.metrics_port)
             if refusal is not None:
                 log.fatal("%s", refusal)
@@ -450,6 +462,7 @@ class Process:
         _log.info("Reload volume server...")
         try:
             security = loader.reload(context.security)
+            _import_tokens(security)
             if self._lane is not None:
                 self._lane.apply(security)  # before, so that nothing is served by what is over
             context.security = security
@@ -539,6 +552,28 @@ class Progress:
             self._next = now + PROGRESS_INTERVAL_S
         _log.info("loading volumes: %d of %d", done, total)
         self._tell(f"loading volumes: {done} of {total}")
+
+
+def _import_ahead(security: SecurityConfig) -> threading.Thread:
+    """Imports on a thread what `_bind` and the first requests need; returns the thread, which must be joined before
+    another one imports any of it. What fails here fails there again, and is told there."""
+    import_module("pyvolume.storage.store")  # what the caller needs meanwhile
+
+    def body() -> None:
+        with contextlib.suppress(Exception):
+            for name in ("http_app", "grpc.service", "lane"):
+                import_module(f"pyvolume.server.{name}")
+            _import_tokens(security)
+
+    thread = threading.Thread(target=body, name="imports", daemon=True)
+    thread.start()
+    return thread
+
+
+def _import_tokens(security: SecurityConfig) -> None:
+    """So that the first request with a token does not have to."""
+    if security.jwt_write_key or security.jwt_read_key:
+        import_module("pyvolume.ops.tokens")
 
 
 def _backends_of(answer: MasterConfiguration) -> list[tuple[str, str, dict[str, str]]]:

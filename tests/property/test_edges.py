@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pyvolume.config import ServerConfig
-from pyvolume.ops import gojson, gz, images, jsonpath, manifest, message
+from pyvolume.ops import gojson, gz, image_query, images, jsonpath, manifest, message
 from pyvolume.ops.auth import bearer_token, token_allows
 from pyvolume.security_config import DiskProbeConfig, SecurityConfig, SecurityError, SecurityLoader, Settings
 from pyvolume.server.grpc.methods import RPCS
@@ -412,10 +412,10 @@ QUERIES = st.dictionaries(
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow tells of what is odd in a picture
-@edge(st.tuples(mutated(st.sampled_from(PICTURES)), st.sampled_from(sorted(images.RESIZABLE)), QUERIES), 200)
+@edge(st.tuples(mutated(st.sampled_from(PICTURES)), st.sampled_from(sorted(image_query.RESIZABLE)), QUERIES), 200)
 def test_pictures_never_fail(data: tuple[bytes, str, dict[str, str]]) -> None:
     picture, extension, query = data
-    assert len(images.apply(picture, extension, images.operation(extension, query))) >= 0
+    assert len(images.apply(picture, extension, image_query.operation(extension, query))) >= 0
     assert len(images.upright(picture)) > 0 or not picture
 
 

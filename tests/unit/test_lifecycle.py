@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import os
 import re
@@ -541,6 +542,7 @@ class Scripted:
         self._early = early
 
     def start(self) -> lifecycle.Note:
+        self.asked.append(f"start, collector {'on' if gc.isenabled() else 'off'}")
         self._inbox.put(self._early)
         return lifecycle.Note("started")
 
@@ -564,7 +566,65 @@ def test_signals_between_binding_and_serving_are_kept(
     monkeypatch.setattr(lifecycle, "Process", lambda *_arguments: process)
     monkeypatch.setattr(lifecycle, "SWITCH_INTERVAL_S", sys.getswitchinterval())
     assert lifecycle.run(SimpleNamespace(), inbox, {}) == 0  # type: ignore[arg-type]
-    assert process.asked == asked
+    assert process.asked == ["start, collector off", *asked]
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+ORDINARY = """
+import sys
+from pyvolume import cli
+from pyvolume.security_config import SecurityConfig
+from pyvolume.server import heartbeat, lifecycle, master_client, metrics, rpc, start_page, tls
+
+lifecycle._import_ahead(SecurityConfig(jwt_read_key=sys.argv[1].encode())).join()
+assert {"pyvolume.server.http_app", "pyvolume.server.grpc.service", "pyvolume.server.lane"} <= sys.modules.keys()
+print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split())))
+"""
+SELDOM = "PIL argparse azure boto3 cryptography jwt minio prometheus_client requests rocksdict tqdm urllib3"
+
+
+@pytest.mark.parametrize(("key", "loaded"), [("", ""), ("k", "cryptography jwt")])
+def test_an_ordinary_start_imports_nothing_that_is_seldom_needed(key: str, loaded: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ORDINARY, key, SELDOM], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == (loaded, 0), done.stderr
+
+
+FIRST_USES = """
+import base64, hashlib, hmac, io, sys, threading
+from pyvolume.ops.auth import token_allows
+
+def enc(raw):
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+
+signed = enc(b'{"alg":"HS256"}') + b"." + enc(b'{"fid":"3,01637037d6"}')
+token = (signed + b"." + enc(hmac.new(b"k", signed, hashlib.sha256).digest())).decode()
+jpeg = b"no picture"
+gate = threading.Barrier(16)
+right = []
+
+def first():
+    gate.wait()
+    allowed = token_allows(b"k", token, "3", "01637037d6")
+    from pyvolume.ops import images
+
+    right.append(allowed and images.upright(jpeg) is jpeg)
+
+assert not {"jwt", "PIL"} & sys.modules.keys()
+threads = [threading.Thread(target=first) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert right == [True] * 16, right
+"""
+
+
+def test_first_uses_of_what_is_imported_late_may_come_together() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_USES], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from pyvolume.ops import images
+from pyvolume.ops import image_query, images
 
 
 def picture(kind: str, size: tuple[int, int] = (60, 40), mode: str = "RGB", **options: object) -> bytes:
@@ -29,8 +29,8 @@ def shape(data: bytes | memoryview) -> tuple[str | None, tuple[int, int]]:
         return opened.format, opened.size
 
 
-def op(ext: str, **query: str) -> images.Operation:
-    return images.operation(ext, query)
+def op(ext: str, **query: str) -> image_query.Operation:
+    return image_query.operation(ext, query)
 
 
 @pytest.mark.parametrize(
