@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wsgi", action="store_true", help="measure -fastLane=false too")
     parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES], help="one table")
     args = parser.parse_args(argv)
+    targets.compile_package()
     bench = Bench(args)
     try:
         bench.say(f"# Benchmark: {machine()}\n")

@@ -108,7 +108,7 @@ def median(turns: list[Turn], field: str) -> float:
 
 
 def empty_start(bench: Bench) -> None:
-    """From exec until /healthz answers, with nothing on the disk."""
+    """From exec until /healthz answers 200, with nothing on the disk."""
 
     def measure(t: Target) -> Turn:
         empty = bench.base / "copy"
@@ -118,7 +118,7 @@ def empty_start(bench: Bench) -> None:
         return Turn(took, t.cpu_s(), now_mib=now, peak_mib=peak)
 
     bench.say("\n## Start on an empty directory\n")
-    bench.say("Seconds from exec until the server answers.\n")
+    bench.say("Seconds from exec until `/healthz` answers 200.\n")
     bench.say("| server | start s | CPU s | MiB | pyvolume's share of it |")
     bench.say("|---|--:|--:|--:|--:|")
     rows = in_turns(bench, measure)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 TICK = os.sysconf("SC_CLK_TCK")
+POLL_S = 0.002
 
 
 class DidNotStart(RuntimeError):
@@ -38,7 +39,8 @@ class Target:
     data: Path | None = None
 
     def start(self, data: Path, limit_s: float = 120.0) -> float:
-        """Starts the server on a directory; returns seconds until it answers. Raises DidNotStart."""
+        """Starts the server on a directory; returns seconds until /healthz answers 200, which "still loading" does not.
+        Raises DidNotStart."""
         self.data = data
         argv = [*self.command]
         if self.bare_body_bytes is not None:
@@ -54,15 +56,15 @@ class Target:
         log = (self.base / f"{self.name}.log").open("ab")
         began = time.monotonic()
         self.child = subprocess.Popen(
-            argv, cwd=self.base, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.env}
+            argv, cwd=self.base, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**environment(), **self.env}
         )
         log.close()
         while time.monotonic() - began < limit_s:
             if self.child.poll() is not None:
                 break
-            if self.get_status("/healthz") is not None:
+            if self.get_status("/healthz") == 200:
                 return time.monotonic() - began
-            time.sleep(0.01)
+            time.sleep(POLL_S)
         raise DidNotStart(f"{self.name} did not start in {limit_s:.0f} s; see {self.base / (self.name + '.log')}")
 
     def get_status(self, path: str) -> int | None:
@@ -117,6 +119,17 @@ def references() -> list[tuple[str, list[str]]]:
     if rust and shutil.which(rust):
         out.append(("rust", [rust]))
     return out
+
+
+def environment() -> dict[str, str]:
+    """That of a server: ours, but modules are kept compiled as on a machine where the package is installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def compile_package() -> None:
+    """Compiles the package's modules, which an installation from a wheel does and one for development does not."""
+    package = Path(__file__).parents[2] / "pyvolume"
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(package)], check=True, env=environment())
 
 
 def pyvolume_command() -> list[str]:
