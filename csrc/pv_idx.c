@@ -16,7 +16,8 @@ static size_t row_bytes(uint8_t width) {
     return 12U + width;
 }
 
-void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out) {
+/* For loops over rows. */
+static inline void row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out) {
     uint64_t units8 = pv__get_be32(buf + 8);
     if (width == 5) {
         units8 |= (uint64_t)buf[12] << 32;
@@ -25,6 +26,10 @@ void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out) {
     out->offset = units8 * 8;
     out->size = pv__i32(pv__get_be32(buf + 8 + width));
     out->reserved = 0;
+}
+
+void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out) {
+    row_parse(buf, width, out);
 }
 
 void pv_idx_row_put(const pv_idx_row *row, uint8_t width, uint8_t *buf) {
@@ -64,7 +69,7 @@ int pv_idx_read(int fd, uint8_t width, uint64_t first_row, pv_idx_row *rows, siz
         }
         size_t whole = got / row_len;
         for (size_t i = 0; i < whole; i++) {
-            pv_idx_row_parse(buf + i * row_len, width, &rows[count + i]);
+            row_parse(buf + i * row_len, width, &rows[count + i]);
         }
         count += whole;
         if (whole < want) {
@@ -85,7 +90,6 @@ static void summarize_row(const pv_idx_row *row, uint8_t version, uint64_t dat_s
         out->leading_zero_rows++;
     }
     out->rows++;
-    out->last = *row;
     if (row->key > out->max_key) {
         out->max_key = row->key;
     }
@@ -137,8 +141,11 @@ int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat_size, 
         size_t whole = got / row_len;
         for (size_t i = 0; i < whole; i++) {
             pv_idx_row row;
-            pv_idx_row_parse(buf + i * row_len, width, &row);
+            row_parse(buf + i * row_len, width, &row);
             summarize_row(&row, version, dat_size, out);
+        }
+        if (whole > 0) {
+            row_parse(buf + (whole - 1) * row_len, width, &out->last);
         }
         if (whole < WALK_ROWS) {
             out->ragged_bytes = got % row_len;

@@ -713,12 +713,29 @@ static int set_slow(pv_map *m, const spot *at, const ent *e) {
     return rc;
 }
 
+/* Whether the last leaf took e, whose key is above all others. */
+static bool append(pv_map *m, const ent *e) {
+    const inner *node = m->root[m->root_count - 1].node;
+    leaf *l = node->leaves[node->count - 1];
+    uint64_t delta = e->key - node->keys[node->count - 1];
+    if (l->count == l->cap || delta > width_mask[l->key_w] || !value_fits(l, e->units8, e->size)) {
+        return false;
+    }
+    store_wide(l->cells + (size_t)l->count * l->key_w, delta, width_mask[l->key_w]);
+    put_value(l, l->count, e->units8, e->size);
+    l->count++;
+    return true;
+}
+
 /* Sets a key without counting. *old: what was there; old->size and units8 0, *found false if nothing. */
 static int set(pv_map *m, const ent *e, ent *old, bool *found) {
     *old = (ent){.key = e->key};
     *found = false;
     if (m->root_count == 0) {
         return append_leaf(m, e);
+    }
+    if (e->key > m->stats.max_key && append(m, e)) {
+        return 0;
     }
     /* Each turn but the last halves an inner node. */
     for (;;) {
@@ -926,7 +943,8 @@ int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *don
     int rc = 0;
     pv__wrlock(&m->lock);
     for (size_t i = 0; i < count && rc >= 0; i++) {
-        if (m->root_count > 0 && i + LOAD_AHEAD < count) {
+        /* Keys above all others go to the last leaf, which is here. */
+        if (m->root_count > 0 && i + LOAD_AHEAD < count && rows[i + LOAD_AHEAD].key <= m->stats.max_key) {
             const inner *node = m->root[root_find(m, rows[i + LOAD_AHEAD].key)].node;
             leaf_prefetch(node->leaves[inner_find(node, rows[i + LOAD_AHEAD].key)]);
         }

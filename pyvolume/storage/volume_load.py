@@ -334,8 +334,9 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
             return False
         _rebuild_index(found, may_repair)
     with files.opened(found.dat_path) as dat_fd:
-        _recover_head(found, dat_fd)
         summary = _summarize(found)
+        if summary.leading_zero_rows and _recover_head(found, dat_fd, summary.leading_zero_rows):
+            summary = _summarize(found)
         if summary.ragged_bytes:
             if not may_repair:
                 raise VolumeLoadError(
@@ -401,22 +402,21 @@ def _rebuild_index(found: _Files, may_repair: bool) -> None:
     found.dat = files.check_file(found.dat_path) if repair.torn_bytes else found.dat
 
 
-def _recover_head(found: _Files, dat_fd: int) -> None:
-    """Rows that deletes on a tiered volume of an old release wrote over: put back; a failure is no reason to refuse."""
-    overwritten = _summarize(found).leading_zero_rows
-    if not overwritten:
-        return
+def _recover_head(found: _Files, dat_fd: int, overwritten: int) -> bool:
+    """Rows that deletes on a tiered volume of an old release wrote over: put back; a failure is no reason to refuse.
+    True if the index is another one now."""
     try:
         restored = index_files.recover_head(
             dat_fd, found.idx_path, width=found.width, block=found.block, overwritten=overwritten
         )
     except (OSError, engine.NativeError) as exc:
         log.warning("volume %d: recover overwritten %s rows: %s", found.vid, found.idx_path, exc)
-        return
+        return False
     if restored:
         log.info(
             "volume %d: recovered %d overwritten %s rows from %s", found.vid, restored, found.idx_path, found.dat_path
         )
+    return restored > 0
 
 
 def _drop_rows_behind_hole(found: _Files, summary: engine.IdxSummary) -> bool:
