@@ -24,10 +24,12 @@ from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server import pull
 from pyvolume.server.grpc import copy as handlers
 from pyvolume.server.grpc import wire
+from pyvolume.server.grpc.methods import LIMITS, Kind
 from pyvolume.server.grpc.status import CallEnded
 from pyvolume.storage import compact, copy
 from pyvolume.storage.store import Store
 
+COPIES = LIMITS[Kind.COPY]
 Code = grpc.StatusCode
 ANY = 0xFFFFFFFF
 WHOLE = (1 << 63) - 1
@@ -209,14 +211,14 @@ def test_copy_file_read_error(source: Server) -> None:
 
 def test_copy_file_to_a_client_that_goes_away_gives_its_slot_back(source: Server) -> None:
     put(source.make(3), 1, os.urandom(30 << 20))
-    for _ in range(40):  # more than there are slots
+    for _ in range(COPIES + 4):  # more than there are slots
         stream = source.client.open_stream(
             "CopyFile", {"volume_id": 3, "ext": ".dat", "compaction_revision": ANY, "stop_offset": WHOLE}
         )
         next(stream)
         stream.cancel()
         wait_for(lambda: _copy_slots(source) > 0, "a slot")
-    wait_for(lambda: _copy_slots(source) == 24, "all slots")
+    wait_for(lambda: _copy_slots(source) == COPIES, "all slots")
 
 
 def test_clients_that_stall_are_cut(source: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,7 @@ def test_clients_that_stall_are_cut(source: Server, monkeypatch: pytest.MonkeyPa
         "CopyFile", {"volume_id": 3, "ext": ".dat", "compaction_revision": ANY, "stop_offset": WHOLE}
     )
     next(stream)
-    wait_for(lambda: _copy_slots(source) == 24, "the slot of the client that takes nothing")
+    wait_for(lambda: _copy_slots(source) == COPIES, "the slot of the client that takes nothing")
     released = threading.Event()
 
     def silent() -> Iterator[Any]:
@@ -774,7 +776,7 @@ def test_a_cancelled_copy_stops_within_a_second_and_cleans_up(source: Server, ta
     cancelled_s = time.monotonic()
     wait_for(lambda: not working.exists(), "the clean-up")
     assert time.monotonic() - cancelled_s < 1.5
-    wait_for(lambda: _copy_slots(target) == 24 and _copy_slots(source) == 24, "the slots")
+    wait_for(lambda: _copy_slots(target) == COPIES and _copy_slots(source) == COPIES, "the slots")
     kept.check()
 
 
@@ -793,7 +795,7 @@ def test_a_copy_cancelled_while_the_source_is_silent(source: Server, target: Ser
         assert begun.wait(10)
         stream.cancel()
         wait_for(lambda: target.files() == set(), "the clean-up", 2.0)
-        wait_for(lambda: _copy_slots(target) == 24, "the slot", 2.0)
+        wait_for(lambda: _copy_slots(target) == COPIES, "the slot", 2.0)
     finally:
         released.set()
         peer.stop()
@@ -806,7 +808,7 @@ def test_a_lost_reply_deletes_nothing(source: Server, target: Server) -> None:
         wait_for((target.directories[0] / "3.idx").exists, "the renames")
         stream.cancel()
         wait_for(lambda: target.store.has_volume(3), "the mount")
-        wait_for(lambda: _copy_slots(target) == 24, "the end of the call")
+        wait_for(lambda: _copy_slots(target) == COPIES, "the end of the call")
     same_files(source, target, "3")
     assert target.files() == {"3.dat", "3.idx", "3.vif"}
 

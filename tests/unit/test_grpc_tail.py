@@ -19,9 +19,11 @@ from pyvolume.errors import NativeCode, NeedleDeleted, NeedleNotFound, StorageEr
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server import pull
 from pyvolume.server.grpc import tail as handlers
+from pyvolume.server.grpc.methods import LIMITS, Kind
 from pyvolume.storage import compact, tail
 from pyvolume.storage.volume import FLAG_HAS_LAST_MODIFIED, FLAG_HAS_MIME, FLAG_HAS_NAME, FLAG_HAS_PAIRS
 
+TAILS = LIMITS[Kind.TAIL]
 Code = grpc.StatusCode
 
 
@@ -131,7 +133,7 @@ def test_no_time_out_means_for_ever_until_cancelled(source: Server) -> None:
         assert next(stream).is_last_chunk
     assert _tail_slots(source) == 31
     stream.cancel()
-    wait_for(lambda: _tail_slots(source) == 32, "the slot", 1.0)
+    wait_for(lambda: _tail_slots(source) == TAILS, "the slot", 1.0)
 
 
 def _tail_slots(server: Server) -> int:
@@ -386,7 +388,7 @@ def test_a_receiver_that_is_cancelled_lets_go_within_a_second(source: Server, ta
     thread.start()
     thread.join(10)
     assert answers[0].code is Code.DEADLINE_EXCEEDED
-    wait_for(lambda: _tail_slots(target) == 32 and _tail_slots(source) == 32, "both slots", 1.5)
+    wait_for(lambda: _tail_slots(target) == TAILS and _tail_slots(source) == TAILS, "both slots", 1.5)
 
 
 def test_a_sender_that_falls_silent_is_given_up(target: Server, monkeypatch: pytest.MonkeyPatch) -> None:
