@@ -388,6 +388,34 @@ PV_API int pv_vol_write(pv_vol *v, const pv_needle *n, uint32_t flags, const pv_
  * may have lost the key's tombstone, so it gets another. */
 PV_API int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, uint32_t flags,
                          const pv_entry *known, int32_t *deleted_size, pv_write_res *out, pv_errinfo *err) PV_WUR;
+/* One of many deletes (contract grpc.md 5, BatchDelete): what pv_delete_parse found in a line, and what came of it. */
+typedef struct pv_delete {
+    uint64_t id;
+    uint32_t cookie;
+    uint32_t vid;
+    uint32_t at; /* the line within the text */
+    uint32_t len;
+    int32_t size; /* the Size of what was deleted, 0 if nothing was; set by pv_vol_delete_many */
+    uint8_t ok;   /* the line is a plain file id; else the other fields up to here but at and len are 0 */
+    uint8_t reserved[3];
+} pv_delete;
+
+enum { PV_DELETE_ANY_COOKIE = 1 }; /* the needle is not read: no cookie test, tombstones have cookie and checksum 0 */
+
+/* Reads file ids `<vid>,<key><cookie>[_<delta>]`, one a line (the last without a newline); with PV_DELETE_ANY_COOKIE one
+ * with a `_` is not plain. Returns the number of lines. PV_EINVAL: it is not n, or the text is beyond 32 bits. */
+PV_API int pv_delete_parse(const char *text, size_t len, uint32_t flags, pv_delete *out, size_t n) PV_WUR;
+/* Deletes a first part of items, in order and as pv_vol_delete would one by one (without PV_WRITE_FSYNC), with one write
+ * to each file under one hold of the append mutex: at most 512 items, or as many as 4 MiB of records had to be read of.
+ * Returns how many were dealt with. It stops before an item that the caller must take by itself: one that is not plain or
+ * of another volume than the first, or (cookie tested) a needle that is gone, cannot be read, has another cookie, is a
+ * chunk manifest, or has a time to live; also before a key that came before, or that waits for a flush. 0: that is the
+ * first one. A code: nothing was changed, and the caller must take the first by itself to learn what is to be said of it:
+ * PV_EINVAL (no map in memory, or no .dat here), PV_EREADONLY, PV_ECLOSED, PV_ENOMEM, PV_ESYS (d as in pv_vol_write). */
+PV_API int pv_vol_delete_many(pv_vol *v, pv_delete *items, size_t n, uint32_t flags, pv_errinfo *err) PV_WUR;
+/* Writes the results of n items as those of a BatchDeleteResponse: file_id, status (202, or 304 if nothing was deleted),
+ * size. Returns the bytes written. PV_EBUFFER: cap is less than 32 * n and the lines' lengths. */
+PV_API int64_t pv_delete_answer(const char *text, const pv_delete *items, size_t n, uint8_t *buf, size_t cap) PV_WUR;
 /* Appends a ready record (WriteNeedleBlob, tail): the blob as it is, but with a new append time in version 3; the map key
  * is id, not the blob's. What is behind the record's length is cut off, missing padding is made up with zeros, so that
  * the next record stays aligned. Unchanged test as in storage.md 14; flags: PV_WRITE_FSYNC, PV_WRITE_ENTRY with *known.

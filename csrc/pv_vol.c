@@ -831,12 +831,15 @@ static int map_apply(pv_vol *v, gen *g, const pend *p, pv_errinfo *err) {
     return rc < 0 ? pv__fail(err, rc, 0, 0, row->key, 0) : 0;
 }
 
-/* The time for the next record: rising, whatever the clock does. */
-static uint64_t next_append_ns(pv_vol *v) {
+/* The time for a record behind one of time last: rising, whatever the clock does. */
+static uint64_t append_ns_after(uint64_t last) {
     uint64_t now = now_ns();
-    uint64_t last = pv__load_u64(&v->last_append_at_ns);
     /* A record that claims the end of time came from a damaged file: begin anew. */
     return now > last || last == UINT64_MAX ? now : last + 1;
+}
+
+static uint64_t next_append_ns(pv_vol *v) {
+    return append_ns_after(pv__load_u64(&v->last_append_at_ns));
 }
 
 /* ------------------------------------------------------------------ appending: flushes
@@ -1426,6 +1429,205 @@ int pv_vol_delete(pv_vol *v, uint64_t id, uint32_t cookie, uint32_t checksum, ui
         *deleted_size = live ? c.p.prior.size : -1;
     }
     change_end(v);
+    return rc;
+}
+
+/* ------------------------------------------------------------------ deleting many */
+
+#define MANY_MAX 512U
+#define MANY_SLOTS (2 * MANY_MAX) /* a power of 2 */
+#define MANY_READ_BYTES ((uint64_t)4 << 20)
+#define TOMBSTONE_MAX 32U
+
+typedef struct many {
+    uint32_t checksums[MANY_MAX]; /* of the items */
+    uint16_t slots[MANY_SLOTS];   /* keys of the items: index + 1 */
+    uint16_t which[MANY_MAX];     /* item of each record */
+    uint8_t records[MANY_MAX * TOMBSTONE_MAX];
+    uint8_t rows[MANY_MAX * PV__ROW_MAX];
+} many;
+
+/* Whether the key of item i is new among those before it; then it is noted. */
+static bool many_is_new(many *m, const pv_delete *items, size_t i) {
+    size_t at = (size_t)((items[i].id * 0x9e3779b97f4a7c15U) >> 32) & (MANY_SLOTS - 1);
+    for (; m->slots[at] != 0; at = (at + 1) & (MANY_SLOTS - 1)) {
+        if (items[m->slots[at] - 1].id == items[i].id) {
+            return false;
+        }
+    }
+    m->slots[at] = (uint16_t)(i + 1);
+    return true;
+}
+
+/* Reads a needle before its deletion. False: it is the caller's. */
+static bool many_check(pv_vol *v, gen *g, const pv_delete *item, uint32_t *checksum, uint64_t *read_bytes) {
+    pv_entry entry;
+    if (gen_lookup(g, item->id, &entry) < 0 || entry.size < 0) {
+        return false;
+    }
+    if (entry.size == 0) { /* nothing of it is read, so there is no cookie to compare with */
+        return true;
+    }
+    pv_read r = {0};
+    pv_errinfo err = {0};
+    if (pv__read_record(v, g, entry.offset, entry.size, &r, &err) < 0) {
+        return false; /* counted when the caller reads it */
+    }
+    note_io(v, 0, &err);
+    const uint8_t mortal = PV_F_TTL | PV_F_MTIME;
+    bool ok = r.n.cookie == item->cookie && !(r.n.flags & PV_F_MANIFEST) && (r.n.flags & mortal) != mortal;
+    *checksum = r.n.checksum;
+    *read_bytes += r.buf_len;
+    pv_read_free(&r);
+    return ok;
+}
+
+/* How many of the items can go together, read as they must be. Without append_lock: a needle that is written anew
+ * meanwhile is deleted as it stands then, as by pv_vol_read and pv_vol_delete. */
+static int many_begin(pv_vol *v, many *m, const pv_delete *items, size_t n, uint32_t flags, pv_errinfo *err) {
+    gen *g = pv__gen_acquire(v);
+    if (g == NULL) {
+        return pv__fail(err, PV_ECLOSED, v->vid, 0, 0, 0);
+    }
+    size_t i = 0;
+    uint64_t read_bytes = 0;
+    for (; i < n && i < MANY_MAX && read_bytes < MANY_READ_BYTES; i++) {
+        if (!items[i].ok || items[i].vid != items[0].vid || !many_is_new(m, items, i)) {
+            break;
+        }
+        m->checksums[i] = 0;
+        if (!(flags & PV_DELETE_ANY_COOKIE) && !many_check(v, g, &items[i], &m->checksums[i], &read_bytes)) {
+            break;
+        }
+    }
+    pv__gen_release(v, g);
+    return (int)i;
+}
+
+/* Writes count records and their rows, and publishes none. On failure nothing is left of them. append_lock held. */
+static int many_write(pv_vol *v, gen *g, const many *m, size_t count, size_t record_len, uint64_t last_ns,
+                      pv_errinfo *err) {
+    uint64_t begin = pv__load_u64(&g->dat_end);
+    uint64_t idx_begin = pv__load_u64(&g->idx_end);
+    uint64_t end = begin + count * record_len;
+    int rc = pv__io_pwrite(g->dat_fd, m->records, count * record_len, begin, err);
+    if (rc < 0) { /* not counted: the first of them will be tried alone */
+        roll_back(v, g->dat_fd, begin, err);
+        return rc;
+    }
+    note_io(v, 0, err);
+    pv__store_u64(&v->last_write_wall_s, now_ns() / 1000000000U);
+    pv__store_u64(&v->last_append_at_ns, last_ns);
+    pv__store_u64(&g->dat_end, end); /* before anyone can find the records */
+    rc = pv__io_pwrite(g->idx_fd, m->rows, count * v->row_len, idx_begin, err);
+    if (rc < 0) {
+        err->d |= AT_INDEX;
+        roll_back(v, g->idx_fd, idx_begin, err);
+        pv__store_u64(&g->dat_end, begin);
+        roll_back(v, g->dat_fd, begin, err);
+        return rc;
+    }
+    pv__store_u64(&g->idx_end, idx_begin + count * v->row_len);
+    v->max_row_end = end > v->max_row_end ? end : v->max_row_end;
+    return 0;
+}
+
+/* append_lock held. */
+static int many_locked(pv_vol *v, many *m, pv_delete *items, size_t n, uint32_t flags, pv_errinfo *err) {
+    while (PV__UNLIKELY(v->swapping) || (PV__UNLIKELY(v->pend_head != NULL) && key_is_pending(v, items[0].id))) {
+        pv__cond_wait(&v->flush_cond, &v->append_lock);
+    }
+    if (atomic_load(&v->no_delete)) {
+        return pv__fail(err, PV_EREADONLY, v->vid, 0, items[0].id, 0);
+    }
+    gen *g = v->gen;
+    uint64_t begin = pv__load_u64(&g->dat_end);
+    uint64_t idx_begin = pv__load_u64(&g->idx_end);
+    uint64_t last_ns = pv__load_u64(&v->last_append_at_ns);
+    size_t record_len = (size_t)pv_needle_record_len(0, v->version);
+    size_t count = 0;
+    size_t done = 0;
+    for (; done < n; done++) {
+        pv_delete *item = &items[done];
+        pv_entry prior;
+        if (PV__UNLIKELY(v->pend_head != NULL) && key_is_pending(v, item->id)) {
+            break;
+        }
+        item->size = 0;
+        if (gen_lookup(g, item->id, &prior) != 0 || prior.size < 0) {
+            continue;
+        }
+        uint8_t head[PV_NEEDLE_HEADER + DATA_SIZE_BYTES];
+        uint8_t tail[CHECKSUM_BYTES + TIME_BYTES + ALIGN];
+        size_t head_len;
+        size_t tail_len;
+        int32_t size;
+        last_ns = append_ns_after(last_ns);
+        const pv_needle tombstone = {.id = item->id,
+                                     .cookie = (flags & PV_DELETE_ANY_COOKIE) ? 0 : item->cookie,
+                                     .checksum = m->checksums[done],
+                                     .append_at_ns = last_ns};
+        int rc = pv_needle_frame(&tombstone, v->version, head, &head_len, tail, sizeof tail, &tail_len, &size, err);
+        if (rc < 0) {
+            return rc;
+        }
+        uint8_t *record = m->records + count * record_len;
+        memcpy(record, head, head_len);
+        memcpy(record + head_len, tail, tail_len);
+        const pv_idx_row row = {.key = item->id, .offset = begin + count * record_len, .size = -1};
+        pv_idx_row_put(&row, v->width, m->rows + count * v->row_len);
+        item->size = prior.size;
+        m->which[count++] = (uint16_t)done;
+    }
+    if (count == 0) {
+        return (int)done;
+    }
+    int rc = many_write(v, g, m, count, record_len, last_ns, err);
+    if (rc < 0) {
+        return rc;
+    }
+    for (size_t i = 0; i < count; i++) {
+        int32_t old_size;
+        rc = pv_map_delete(g->map, items[m->which[i]].id, &old_size);
+        if (rc < 0) { /* those before it stay */
+            pv__store_u64(&g->idx_end, idx_begin + i * v->row_len);
+            roll_back(v, g->idx_fd, idx_begin + i * v->row_len, err);
+            pv__store_u64(&g->dat_end, begin + i * record_len);
+            roll_back(v, g->dat_fd, begin + i * record_len, err);
+            return m->which[i];
+        }
+    }
+    return (int)done;
+}
+
+int pv_vol_delete_many(pv_vol *v, pv_delete *items, size_t n, uint32_t flags, pv_errinfo *err) {
+    pv_errinfo own_err;
+    err = err != NULL ? err : &own_err;
+    pv__err_clear(err);
+    if (n == 0) {
+        return 0;
+    }
+    if (v->flags & (PV_VOL_REMOTE | PV_VOL_NO_MAP | PV_VOL_SORTED_MAP)) {
+        return pv__fail(err, PV_EINVAL, v->flags, 0, 0, 0);
+    }
+    many *m = pv__malloc(sizeof *m);
+    if (m == NULL) {
+        return pv__fail(err, PV_ENOMEM, sizeof *m, 0, 0, 0);
+    }
+    memset(m->slots, 0, sizeof m->slots);
+    int rc = many_begin(v, m, items, n, flags, err);
+    if (rc > 0) {
+        size_t ready = (size_t)rc;
+        rc = pv__vol_enter(v);
+        if (rc < 0) {
+            rc = pv__fail(err, rc, v->vid, 0, items[0].id, 0);
+        } else {
+            pv__mutex_lock(&v->append_lock);
+            rc = many_locked(v, m, items, ready, flags, err);
+            change_end(v);
+        }
+    }
+    pv__free(m);
     return rc;
 }
 

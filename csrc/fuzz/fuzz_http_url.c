@@ -36,8 +36,31 @@ static void check_fid(pv_text t) {
     }
 }
 
+/* File ids of a BatchDelete, one a line: every line is found, and its result fits. */
+static void check_deletes(const char *text, size_t len) {
+    size_t lines = 1;
+    for (size_t i = 0; i < len; i++) {
+        lines += text[i] == '\n';
+    }
+    pv_delete *items = calloc(lines, sizeof *items);
+    size_t cap = len + 32 * lines;
+    uint8_t *answer = malloc(cap);
+    CHECK(items != NULL && answer != NULL);
+    for (uint32_t flags = 0; flags <= PV_DELETE_ANY_COOKIE; flags++) {
+        CHECK_EQ(pv_delete_parse(text, len, flags, items, lines), lines);
+        for (size_t i = 0; i < lines; i++) {
+            CHECK(items[i].at <= len && items[i].len <= len - items[i].at);
+            items[i].size = i % 2 == 0 ? INT32_MAX : 0;
+        }
+        CHECK(pv_delete_answer(text, items, lines, answer, cap) > 0);
+    }
+    free(answer);
+    free(items);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
     const char *raw = (const char *)data;
+    check_deletes(raw, len);
     char *buf = malloc(len + 1);
     pv_url u;
     pv_errinfo err;

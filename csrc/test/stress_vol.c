@@ -123,6 +123,35 @@ static int check_own(pv_vol *v, uint64_t key, const own *k) {
     return rc;
 }
 
+/* Deletes some of the owner's keys and some that everyone writes, as a batch. What the last of it said. */
+static int delete_keys(worker *w) {
+    pv_delete items[16];
+    pv_errinfo err;
+    memset(items, 0, sizeof items);
+    uint32_t flags = t_rand_below(&w->seed, 2) ? PV_DELETE_ANY_COOKIE : 0;
+    for (unsigned i = 0; i < 16; i++) {
+        uint64_t key = i % 5 == 0 ? SHARED_BASE + t_rand_below(&w->seed, SHARED_KEYS)
+                                  : w->first_key + t_rand_below(&w->seed, OWN_KEYS);
+        items[i] = (pv_delete){.id = key, .cookie = COOKIE, .vid = 1, .ok = 1};
+    }
+    for (size_t at = 0; at < 16;) {
+        int rc = pv_vol_delete_many(w->s->v, items + at, 16 - at, flags, &err);
+        if (rc < 0) {
+            return rc;
+        }
+        for (int i = 0; i < rc; i++) {
+            const pv_delete *item = &items[at + (size_t)i];
+            if (item->id < SHARED_BASE) {
+                own *k = &w->keys[item->id - w->first_key];
+                CHECK_EQ(item->size > 0, k->live);
+                k->live = false;
+            }
+        }
+        at += rc > 0 ? (size_t)rc : 1;
+    }
+    return 0;
+}
+
 static void *owner_main(void *arg) {
     worker *w = arg;
     shared *s = w->s;
@@ -137,7 +166,9 @@ static void *owner_main(void *arg) {
             rc = write_key(s, &w->seed, key, seq, len);
         } else if (what < 12) {
             rc = blob_key(s, key, seq, len);
-        } else if (what < 15) {
+        } else if (what == 14) {
+            rc = delete_keys(w);
+        } else if (what < 14) {
             int32_t size;
             pv_write_res res;
             pv_errinfo err;

@@ -1074,12 +1074,48 @@ typedef struct model {
     char text[KEYS][64];
 } model;
 
+/* Deletes keys as a batch, with one by itself where the batch says so. True if any was dealt with. */
+static bool script_delete_many(pv_vol *v, model *m, uint64_t *seed) {
+    pv_delete items[8];
+    pv_errinfo err;
+    memset(items, 0, sizeof items);
+    for (unsigned i = 0; i < 8; i++) {
+        items[i] = (pv_delete){.id = t_rand_below(seed, KEYS), .cookie = COOKIE, .vid = 7, .ok = 1};
+    }
+    uint32_t flags = t_rand_below(seed, 2) ? PV_DELETE_ANY_COOKIE : 0;
+    size_t at = 0;
+    while (at < 8) {
+        int rc = pv_vol_delete_many(v, items + at, 8 - at, flags, &err);
+        CHECK(rc >= 0 || rc == PV_ESYS || rc == PV_ENOMEM || rc == PV_EREADONLY);
+        CHECK(rc <= (int)(8 - at));
+        for (int i = 0; i < rc; i++) {
+            CHECK_EQ(items[at + (size_t)i].size > 0, m->live[items[at + (size_t)i].id]);
+            m->live[items[at + (size_t)i].id] = false;
+        }
+        if (rc <= 0) {
+            int32_t size;
+            pv_write_res res;
+            if (pv_vol_delete(v, items[at].id, COOKIE, 0, 0, NULL, &size, &res, &err) < 0) {
+                break;
+            }
+            CHECK_EQ(size >= 0, m->live[items[at].id]);
+            m->live[items[at].id] = false;
+            rc = 1;
+        }
+        at += (size_t)rc;
+    }
+    return at > 0;
+}
+
 /* One step; true if it was acknowledged. The same step number always does the same. */
 static bool script_step(pv_vol *v, model *m, unsigned step, uint64_t *seed) {
     pv_errinfo err;
     pv_write_res res;
     unsigned key = (unsigned)t_rand_below(seed, KEYS);
     unsigned what = (unsigned)t_rand_below(seed, 10);
+    if (what == 9) {
+        return script_delete_many(v, m, seed);
+    }
     if (what < 2) {
         int32_t size;
         if (pv_vol_delete(v, key, COOKIE, 0, what == 0 ? PV_WRITE_FSYNC : 0, NULL, &size, &res, &err) < 0) {
@@ -1259,6 +1295,214 @@ static void test_fail_nth(void) {
     }
     for (n = 1; run_script_reload(writes, n, EIO, 11); n++) {
     }
+}
+
+/* ------------------------------------------------------------------ tests: deleting many */
+
+#define MANY 1300U
+
+static pv_vol *volume_for_many(const place *p, uint8_t version, uint8_t width) {
+    pv_vol_opts o = opts_for(p);
+    o.flags = PV_VOL_CREATE;
+    o.offset_width = width;
+    o.superblock.version = version;
+    pv_vol *v = open_with(&o);
+    for (unsigned i = 1; i <= MANY; i++) {
+        char text[32];
+        pv_errinfo err;
+        snprintf(text, sizeof text, "needle %u", i);
+        CHECK_EQ(write_flags(v, i, text, i % 50 == 0 ? 0 : strlen(text), 0, &err), 0); /* some are empty */
+    }
+    return v;
+}
+
+/* A new buffer with .dat, the append times of version 3 made 0 (they must rise), or .idx. */
+static uint8_t *content_of(const char *path, uint8_t version, size_t *len) {
+    *len = file_len(path);
+    uint8_t *all = malloc(*len);
+    CHECK(all != NULL);
+    file_read(path, 0, all, *len);
+    uint64_t last = 0;
+    for (size_t at = 8; version == 3 && at < *len;) {
+        uint32_t cookie;
+        uint64_t id;
+        int32_t size;
+        pv_needle_header(all + at, &cookie, &id, &size);
+        uint8_t *when = all + at + PV_NEEDLE_HEADER + size + 4;
+        CHECK(pv__get_be64(when) > last);
+        last = pv__get_be64(when);
+        memset(when, 0, 8);
+        at += (size_t)pv_needle_record_len(size, version);
+    }
+    return all;
+}
+
+/* One by one as a caller would: the read, then the tombstone with the record's checksum. */
+static int32_t read_and_delete(pv_vol *v, const pv_delete *item, bool any_cookie) {
+    int32_t size;
+    pv_write_res res;
+    pv_read r = {0};
+    pv_errinfo err;
+    if (!any_cookie) {
+        if (pv_vol_read(v, item->id, 0, NULL, &r, &err) < 0) {
+            return 0;
+        }
+        bool same = r.empty || r.n.cookie == item->cookie;
+        pv_read_free(&r);
+        if (!same) {
+            return 0;
+        }
+    }
+    uint32_t cookie = any_cookie ? 0 : item->cookie;
+    CHECK_EQ(pv_vol_delete(v, item->id, cookie, r.n.checksum, 0, NULL, &size, &res, &err), 0);
+    return size > 0 ? size : 0;
+}
+
+static void check_many_is_as_single(uint8_t version, uint8_t width, bool any_cookie) {
+    place one = new_place();
+    place two = new_place();
+    pv_vol *single = volume_for_many(&one, version, width);
+    pv_vol *many = volume_for_many(&two, version, width);
+    static pv_delete items[MANY + 100];
+    uint64_t seed = version;
+    size_t n = MANY + 100; /* some are not there, some come twice, some have another cookie */
+    for (size_t i = 0; i < n; i++) {
+        items[i] = (pv_delete){.id = i % 97 == 5 ? t_rand_below(&seed, MANY) + 1 : i + 1,
+                               .cookie = i % 211 == 7 ? COOKIE + 1 : COOKIE,
+                               .vid = 7,
+                               .size = 99,
+                               .ok = 1};
+    }
+    size_t by_batch = 0;
+    for (size_t at = 0; at < n;) {
+        int rc = pv_vol_delete_many(many, items + at, n - at, any_cookie ? PV_DELETE_ANY_COOKIE : 0, NULL);
+        CHECK(rc >= 0 && rc <= 512);
+        by_batch += (size_t)rc;
+        if (rc == 0) {
+            items[at].size = read_and_delete(many, &items[at], any_cookie);
+            rc = 1;
+        }
+        at += (size_t)rc;
+    }
+    CHECK(by_batch > MANY - 100);
+    for (size_t i = 0; i < n; i++) {
+        CHECK_EQ(items[i].size, read_and_delete(single, &items[i], any_cookie));
+    }
+    pv_vol_stats a = stat_of(single);
+    pv_vol_stats b = stat_of(many);
+    CHECK_EQ(a.deleted_count, b.deleted_count);
+    CHECK_EQ(a.deleted_bytes, b.deleted_bytes);
+    CHECK_EQ(a.dat_bytes, b.dat_bytes);
+    CHECK_EQ(a.idx_bytes, b.idx_bytes);
+    CHECK(b.deleted_count > 1000);
+    close_and_drop(single);
+    close_and_drop(many);
+    size_t len, other_len;
+    uint8_t *dat = content_of(one.dat, version, &len);
+    uint8_t *other = content_of(two.dat, version, &other_len);
+    CHECK_EQ(len, other_len);
+    CHECK_MEM(dat, other, len);
+    free(dat);
+    free(other);
+    dat = content_of(one.idx, 0, &len);
+    other = content_of(two.idx, 0, &other_len);
+    CHECK_EQ(len, other_len);
+    CHECK_MEM(dat, other, len);
+    free(dat);
+    free(other);
+    drop_place(&one);
+    drop_place(&two);
+}
+
+static void test_many_is_as_single(void) {
+    for (uint8_t version = 1; version <= 3; version++) {
+        check_many_is_as_single(version, 4, false);
+        check_many_is_as_single(version, 5, true);
+    }
+}
+
+static void test_many_leaves_to_the_caller(void) {
+    place p = new_place();
+    pv_vol *v = create(&p);
+    pv_errinfo err;
+    for (unsigned i = 1; i <= 4; i++) {
+        put(v, i, "text");
+    }
+    pv_needle n = needle(5, "{}", 2);
+    pv_write_res res;
+    n.flags = PV_F_MANIFEST;
+    CHECK_EQ(pv_vol_write(v, &n, 0, NULL, &res, &err), 0);
+    n = needle(6, "mortal", 6);
+    n.flags = PV_F_TTL | PV_F_MTIME;
+    n.ttl_count = 1;
+    n.ttl_unit = 1;
+    CHECK_EQ(pv_vol_write(v, &n, 0, NULL, &res, &err), 0);
+    pv_delete bad[] = {
+        {.id = 1, .cookie = COOKIE + 1, .vid = 7, .ok = 1},
+        {.id = 5, .cookie = COOKIE, .vid = 7, .ok = 1},
+        {.id = 6, .cookie = COOKIE, .vid = 7, .ok = 1},
+        {.id = 9, .cookie = COOKIE, .vid = 7, .ok = 1},
+        {.id = 1, .cookie = COOKIE, .vid = 7},
+    };
+    uint64_t end = file_len(p.dat);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        CHECK_EQ(pv_vol_delete_many(v, &bad[i], 1, 0, &err), 0);
+    }
+    CHECK_EQ(pv_vol_delete_many(v, bad, 0, 0, &err), 0);
+    CHECK_EQ(file_len(p.dat), end);
+    pv_delete twice[] = {
+        {.id = 1, .cookie = COOKIE, .vid = 7, .ok = 1},
+        {.id = 2, .cookie = COOKIE, .vid = 7, .ok = 1},
+        {.id = 1, .cookie = COOKIE, .vid = 7, .ok = 1},
+    };
+    CHECK_EQ(pv_vol_delete_many(v, twice, 3, 0, &err), 2);
+    CHECK_EQ(pv_vol_delete_many(v, twice + 2, 1, 0, &err), 0);
+    pv_delete other[] = {{.id = 3, .cookie = COOKIE, .vid = 7, .ok = 1},
+                         {.id = 4, .cookie = COOKIE, .vid = 8, .ok = 1}};
+    CHECK_EQ(pv_vol_delete_many(v, other, 2, 0, &err), 1);
+    pv_delete last = {.id = 4, .cookie = COOKIE, .vid = 7, .ok = 1};
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 1), 0);
+    CHECK_EQ(pv_vol_delete_many(v, &last, 1, 0, &err), PV_EREADONLY);
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 0), 0);
+    fault f;
+    fail_next(&f, PV__IO_PWRITE, EIO);
+    CHECK_EQ(pv_vol_delete_many(v, &last, 1, 0, &err), PV_ESYS);
+    no_faults();
+    CHECK_EQ(stat_of(v).eio_count, 0); /* counted when the caller tries it */
+    expect_text(v, 4, "text");
+    CHECK_EQ(pv_vol_delete_many(v, &last, 1, 0, &err), 1);
+    CHECK(last.size > 0);
+    CHECK_EQ(pv_vol_close(v, &err), 0);
+    CHECK_EQ(pv_vol_delete_many(v, &last, 1, 0, &err), PV_ECLOSED);
+    pv_vol_unref(v);
+    drop_place(&p);
+}
+
+static void test_delete_texts(void) {
+    static const char text[] =
+        "7,01aabbccdd\n7,01aabbccdd_2\n\nx,01aabbccdd\n4294967296,01aabbccdd\n,7\n7,\n8,zz00000001\n007,1000000ff";
+    pv_delete items[9];
+    CHECK_EQ(pv_delete_parse(text, sizeof text - 1, 0, items, 9), 9);
+    CHECK_EQ(pv_delete_parse(text, sizeof text - 1, 0, items, 8), PV_EINVAL);
+    CHECK_EQ(pv_delete_parse(text, 12, 0, items, 2), PV_EINVAL);
+    CHECK_EQ(pv_delete_parse(text, sizeof text - 1, PV_DELETE_ANY_COOKIE, items, 9), 9);
+    CHECK_EQ(items[1].ok, 0);
+    CHECK_EQ(pv_delete_parse(text, sizeof text - 1, 0, items, 9), 9);
+    for (unsigned i = 2; i < 8; i++) {
+        CHECK_EQ(items[i].ok, 0);
+    }
+    CHECK(items[0].ok && items[0].id == 1 && items[0].cookie == 0xaabbccdd && items[0].vid == 7);
+    CHECK(items[1].ok && items[1].id == 3 && items[1].at == 13 && items[1].len == 14);
+    CHECK(items[8].ok && items[8].id == 1 && items[8].cookie == 0xff && items[8].vid == 7);
+    items[0].size = 300;
+    uint8_t buf[128];
+    static const uint8_t want[] = "\x0a\x14\x0a\x0c"
+                                  "7,01aabbccdd\x10\xca\x01\x20\xac\x02"
+                                  "\x0a\x13\x0a\x0e"
+                                  "7,01aabbccdd_2\x10\xb0\x02";
+    CHECK_EQ(pv_delete_answer(text, items, 2, buf, 90), sizeof want - 1);
+    CHECK_MEM(buf, want, sizeof want - 1);
+    CHECK_EQ(pv_delete_answer(text, items, 2, buf, 40), PV_EBUFFER);
 }
 
 static void test_open_fails_nth(void) {
@@ -2081,6 +2325,9 @@ int main(void) {
     RUN(test_rollback_fails);
     RUN(test_preallocation);
     RUN(test_fail_nth);
+    RUN(test_many_is_as_single);
+    RUN(test_many_leaves_to_the_caller);
+    RUN(test_delete_texts);
     RUN(test_open_fails_nth);
     RUN(test_group_commit);
     RUN(test_flush_fails);

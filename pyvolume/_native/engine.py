@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -43,6 +43,7 @@ SUPER_BLOCK_BYTES: Final = 8
 _NAME_MAX: Final = 255
 _U64_MAX: Final = (1 << 64) - 1
 
+_T_DELETES: Final = _ffi.typeof("pv_delete[]")
 _T_ENTRY: Final = _ffi.typeof("pv_entry *")
 _T_ERR: Final = _ffi.typeof("pv_errinfo *")
 _T_I32: Final = _ffi.typeof("int32_t *")
@@ -620,6 +621,35 @@ def _c_entry(entry: Entry | None) -> Any:
     return _NULL if entry is None else _new(_T_ENTRY, entry)
 
 
+class DeleteBatch:
+    """File ids to be deleted, in order, and what came of each (contract grpc.md 5, BatchDelete)."""
+
+    __slots__ = ("_text", "count", "flags", "items")
+
+    def __init__(self, fids: Sequence[str], *, skip_cookie: bool) -> None:
+        """Reads the ids. None counts as plain if one has a newline in it."""
+        self._text = "\n".join(fids).encode("utf-8", "surrogatepass")
+        self.count = len(fids)
+        self.flags = int(skip_cookie)
+        self.items = _new(_T_DELETES, self.count)
+        if _lib.pv_delete_parse(self._text, len(self._text), self.flags, self.items, self.count) != self.count:
+            self.items = _new(_T_DELETES, self.count)
+
+    def vid(self, at: int) -> int | None:
+        """The volume of a plain id; None of any other, which is not for `Volume.delete_many`."""
+        item = self.items[at]
+        return item.vid if item.ok else None
+
+    def answer(self, at: int, count: int) -> bytes:
+        """The results of items that `Volume.delete_many` has dealt with, as a BatchDeleteResponse."""
+        first, last = self.items[at], self.items[at + count - 1]
+        buf = bytearray(last.at + last.len - first.at + 32 * count)
+        done = _lib.pv_delete_answer(self._text, self.items + at, count, _from_buffer(_T_BYTES, buf), len(buf))
+        if done < 0:
+            raise _bare_error(done)
+        return bytes(memoryview(buf)[:done])
+
+
 class Volume:
     """A volume open in the engine. Usable from any number of threads; see csrc/pv.h for the exact promises.
 
@@ -844,6 +874,14 @@ class Volume:
         if size < 0:
             return -1, None
         return size, WriteResult(out.offset, out.append_at_ns, out.size, out.checksum, out.cookie, False)
+
+    def delete_many(self, batch: DeleteBatch, at: int) -> int:
+        """Deletes the first part of the batch's items from `at` on, at most some hundreds: how many were dealt with.
+
+        0: item `at` is to be taken by itself, whatever the reason (csrc/pv.h); negative: it is likely that so are the
+        next ones. What was dealt with is in `answer`.
+        """
+        return _lib.pv_vol_delete_many(self._v, batch.items + at, batch.count - at, batch.flags, _NULL)
 
     def write_blob(
         self, key: int, size: int, blob: Buffer, *, fsync: bool = False, entry: Entry | None = None

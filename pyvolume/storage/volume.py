@@ -836,6 +836,20 @@ class Volume:
                 if not self._superseded(handle, exc):
                     raise self._write_error(exc, key) from exc
 
+    def delete_many(self, batch: engine.DeleteBatch, at: int) -> int:
+        """Deletes some of the batch's items from `at` on, with one write to each file: how many were dealt with.
+
+        0 if item `at` needs `read_needle` and `delete_needle`, which say what is the matter: the id is not plain, the
+        needle is not there or not to be deleted so, deletes are refused, or the data or the map is not in the engine's
+        hands. Negative: the same, because the files or the handle fail: the next items fare no better.
+        Blocks on disk; never synced.
+        """
+        handle = self._handle
+        if self.no_write_or_delete or type(handle) is not engine.Volume:
+            return 0
+        with waiting_for(self._appending):
+            return handle.delete_many(batch, at)
+
     def write_blob(self, key: int, size: int, blob: bytes | bytearray | memoryview) -> engine.WriteResult:
         """Appends a ready record under `key` (its own id is not compared, its CRC not checked), with a new append time.
 

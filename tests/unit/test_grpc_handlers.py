@@ -16,10 +16,12 @@ from grpc_helpers import Answer, BeatLog, FakeMaster, VolumeClient, wait_for
 
 from pyvolume._native import engine
 from pyvolume.config import DirConfig, ServerConfig
+from pyvolume.errors import StorageError
 from pyvolume.pb import master_pb2
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.security_config import SecurityConfig
 from pyvolume.server.context import ServerContext
+from pyvolume.server.grpc import needles
 from pyvolume.server.grpc.service import HANDLERS, make_grpc_server
 from pyvolume.server.heartbeat import Heartbeat
 from pyvolume.server.master_client import MasterClient
@@ -759,6 +761,110 @@ def test_batch_delete_in_a_read_only_volume(node: Node) -> None:
     assert results(node.call("BatchDelete", file_ids=["3,01aabbccdd"])) == [(500, "volume 3 is read only", 0)]
     node.call("VolumeMarkReadonly", volume_id=3, can_delete=True)
     assert results(node.call("BatchDelete", file_ids=["3,01aabbccdd"]))[0][0] == 202
+
+
+def content_without_times(node: Node, vid: int) -> tuple[bytes, bytes]:
+    """.dat with its append times made 0 (they must rise), and .idx."""
+    dat = bytearray(node.file(f"{vid}.dat").read_bytes())
+    at, last = 8, 0
+    while at < len(dat):
+        size = struct.unpack_from(">i", dat, at + 12)[0]
+        when = at + 16 + size + 4
+        append_at_ns = int.from_bytes(dat[when : when + 8], "big")
+        assert append_at_ns > last
+        last = append_at_ns
+        dat[when : when + 8] = bytes(8)
+        at += engine.needle_record_len(size, 3)
+    return bytes(dat), node.file(f"{vid}.idx").read_bytes()
+
+
+@pytest.mark.parametrize("skip_cookie", [False, True])
+def test_deletes_of_many_are_as_those_of_one_each(
+    node: Node, monkeypatch: pytest.MonkeyPatch, skip_cookie: bool
+) -> None:
+    """Results and files are the same, for runs cut by whatever is not plain."""
+    rest = []
+    for key in range(1, 1400):
+        tail = "_1" if key % 41 == 0 else ""
+        cookie = 0xAABBCCDE if key % 43 == 0 else 0xAABBCCDD
+        rest.append(f"{max(1, key - 7 * (key % 29 == 0)):x}{cookie:08x}{tail}")
+    odd = {100: "nonsense", 101: "", 300: f"{NOWHERE},01aabbccdd", 500: "x,01aabbccdd", 501: "3,ü1aabbccdd"}
+    outcomes = []
+    for vid in (3, 4):
+        node.alloc(vid)
+        for key in range(1, 1300):
+            flags = FLAG_CHUNK_MANIFEST if key % 37 == 0 else 0
+            data = b"" if key % 61 == 0 else b"needle %d" % key
+            node.put(vid, key, data, cookie=0xAABBCCDD, flags=flags, last_modified_s=1)
+        fids = [f"{vid},{text}" for text in rest]
+        for at, fid in odd.items():
+            fids.insert(at, fid)
+        if vid == 4:
+            monkeypatch.setattr(needles, "_delete_run", lambda call, batch, at: 0)
+        answer = node.call("BatchDelete", file_ids=fids, skip_cookie_check=skip_cookie)
+        assert [result.file_id for result in answer.first.results] == fids
+        outcomes.append((results(answer), content_without_times(node, vid), node.store.find_volume(vid).deleted_count))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][2] > 1000
+
+
+def test_batch_delete_takes_an_id_with_a_newline_as_any_bad_one(node: Node) -> None:
+    node.alloc(3)
+    node.put(3, 1, b"hello", cookie=0xAABBCCDD)
+    node.put(3, 2, b"hello", cookie=0xAABBCCDD)
+    shown = results(node.call("BatchDelete", file_ids=["3,01aabbccdd\n3,02aabbccdd", "3,01aabbccdd"]))
+    assert [status for status, _, _ in shown] == [400, 202]
+    assert entry(node, 3, 2).size > 0
+
+
+def test_batch_delete_that_cannot_write_goes_on_one_by_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.alloc(3)
+    for key in range(1, 600):
+        node.put(3, key, b"hello", cookie=0xAABBCCDD)
+    tries = []
+
+    def fails(handle: Any, batch: Any, at: int) -> int:
+        tries.append(at)
+        return -1
+
+    monkeypatch.setattr(engine.Volume, "delete_many", fails)
+    shown = results(node.call("BatchDelete", file_ids=[f"3,{key:x}aabbccdd" for key in range(1, 600)]))
+    assert {status for status, _, _ in shown} == {202}
+    assert tries == [0, 512]
+
+
+def test_batch_delete_while_the_volume_is_compacted(node: Node) -> None:
+    node.alloc(3)
+    keys = range(1, 6001)
+    for key in keys:
+        node.put(3, key, b"needle %d" % key, cookie=0xAABBCCDD)
+    gone = [key for key in keys if key % 3]
+    statuses: list[int] = []
+    halfway = threading.Event()
+
+    def delete() -> None:
+        for at in range(0, len(gone), 50):
+            fids = [f"3,{key:x}aabbccdd" for key in gone[at : at + 50]]
+            statuses.extend(status for status, _, _ in results(node.call("BatchDelete", file_ids=fids)))
+            if at > len(gone) // 8:
+                halfway.set()
+
+    worker = threading.Thread(target=delete)
+    worker.start()
+    assert halfway.wait(60)
+    for _ in range(3):
+        assert node.call("VacuumVolumeCompact", volume_id=3).code is Code.OK
+        assert node.call("VacuumVolumeCommit", volume_id=3).code is Code.OK
+        assert node.call("VacuumVolumeCleanup", volume_id=3).code is Code.OK
+    worker.join()
+    assert set(statuses) == {202} and len(statuses) == len(gone)
+    volume = node.store.find_volume(3)
+    for key in keys:
+        if key % 3:
+            with pytest.raises(StorageError):
+                volume.read_needle(key)
+        else:
+            assert bytes(volume.read_needle(key).data) == b"needle %d" % key
 
 
 # -- all needles ------------------------------------------------------------------------------------------------------
