@@ -1,6 +1,6 @@
-"""Look for damage in volumes: super block, .vif, index against data, every record's checksum, leftovers.
+"""Look for damage in volumes, plain and erasure coded: index against data, every record's checksum, shards, leftovers.
 
-Changes nothing. May import common, storage, _native and the leaves.
+Changes nothing. May import common, check_ec, ec_volumes, storage, _native and the leaves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 from pyvolume._native import engine
 from pyvolume._native.scrub import Scrub, ScrubFinding
 from pyvolume.errors import NativeCode
+from pyvolume.offline import check_ec
 from pyvolume.offline.common import (
     CannotRun,
     Finding,
@@ -29,6 +30,7 @@ from pyvolume.offline.common import (
     plural,
     positive_rate,
 )
+from pyvolume.offline.ec_volumes import ec_ids
 from pyvolume.storage import files, index_files, scrub, vif
 from pyvolume.storage.superblock import CURRENT_VERSION
 from pyvolume.types import ReplicaPlacement
@@ -74,7 +76,7 @@ def run(job: Job) -> None:
     except (OSError, ValueError) as exc:
         job.fail(f"--state {job.args.state}: {exc}; delete the file to begin anew")
         return
-    for volume in for_each_volume(job, will_write=False):
+    for volume in for_each_volume(job, will_write=False, elsewhere=ec_ids(job)):
         before = len(job.findings)
         facts: dict[str, object] = {"id": volume.vid, "collection": volume.collection, "path": volume.dat}
         with explained(job, volume):
@@ -88,6 +90,7 @@ def run(job: Job) -> None:
         facts["findings"] = len(findings)
         clean += not findings
         job.report(**facts)
+    clean += check_ec.run(job)
     job.say(f"{plural(len(job.volumes), 'volume')} checked, {clean} clean")
 
 

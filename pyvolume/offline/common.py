@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, Self
 
@@ -224,8 +224,11 @@ def volumes_in(directory: str, args: argparse.Namespace) -> list[VolumeFiles]:
     return sorted(found, key=lambda volume: (volume.vid, volume.name))
 
 
-def for_each_volume(job: Job, *, will_write: bool) -> Iterator[VolumeFiles]:
-    """All volumes of all directories, each while its directory is held. What cannot be run on becomes an error."""
+def for_each_volume(job: Job, *, will_write: bool, elsewhere: Collection[int] = ()) -> Iterator[VolumeFiles]:
+    """All volumes of all directories, each while its directory is held. What cannot be run on becomes an error.
+
+    elsewhere: ids of volumes that are there in another form.
+    """
     for directory in dict.fromkeys(map(os.path.normpath, job.args.directories)):
         try:
             with held(directory, will_write=will_write):
@@ -237,7 +240,7 @@ def for_each_volume(job: Job, *, will_write: bool) -> Iterator[VolumeFiles]:
             raise
         except OSError as exc:
             job.fail(str(from_os_error(exc, "open", directory)))
-    missing = set(job.args.volume_id) - {facts["id"] for facts in job.volumes}
+    missing = set(job.args.volume_id) - {facts["id"] for facts in job.volumes} - set(elsewhere)
     if missing and not job.errors:
         job.fail(f"there is no volume {', '.join(map(str, sorted(missing)))} in {', '.join(job.args.directories)}")
 

@@ -163,15 +163,19 @@ def _refuse_open_volumes(directory: str) -> None:
         )
 
 
+_WRITTEN: Final = (".dat", ".ecx")
+"""What every server holds open for writing: the data of a plain volume, the index of an erasure coded one."""
+
+
 def writers_of_volumes(directory: str) -> Iterator[tuple[int, str]]:
-    """(pid, path) of .dat files of this directory that other processes hold open for writing, as far as /proc shows.
+    """(pid, path) of files of this directory, .dat and .ecx, that others hold open for writing, as far as /proc shows.
 
     Blocks for as long as walking /proc takes (milliseconds for thousands of descriptors).
     """
     own: dict[tuple[int, int], str] = {}
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.endswith(".dat"):
+            if entry.name.endswith(_WRITTEN):
                 with contextlib.suppress(OSError):
                     st = entry.stat()
                     own[st.st_dev, st.st_ino] = entry.path
@@ -190,7 +194,7 @@ def writers_of_volumes(directory: str) -> Iterator[tuple[int, str]]:
             continue  # not ours to look at, or gone
         for fd in fds:
             with contextlib.suppress(OSError, ValueError):
-                if not os.readlink(f"/proc/{pid}/fd/{fd}").endswith(".dat"):
+                if not os.readlink(f"/proc/{pid}/fd/{fd}").endswith(_WRITTEN):
                     continue
                 st = os.stat(f"/proc/{pid}/fd/{fd}")
                 path = own.get((st.st_dev, st.st_ino))

@@ -1,0 +1,139 @@
+"""`pyvolume check` of erasure coded volumes: Go's is clean, each kind of damage is named."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from offline_util import answer, command, contents
+from storage_util import GOLDEN
+
+SHARDS = 14
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    """A directory with Go's erasure coded volume 51."""
+    directory = tmp_path / "d0"
+    directory.mkdir()
+    for path in (GOLDEN / "ec" / "data").iterdir():
+        if path.suffix == ".gz":
+            (directory / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        else:
+            shutil.copy(path, directory / path.name)
+    return directory
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def found(said: dict[str, Any]) -> list[dict[str, Any]]:
+    return [finding for finding in said["findings"] if finding["level"] != "info"]
+
+
+def test_a_whole_volume_is_clean_and_left_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(volume)
+    said = answer(capsys, "check", volume)
+    assert (said["exit_code"], said["findings"], said["errors"]) == (0, [], [])
+    (facts,) = said["volumes"]
+    assert (facts["id"], facts["shards"], facts["rows"]) == (51, list(range(SHARDS)), 20)
+    assert facts["records_read"] == 16 and not facts["unreadable"], "four are in the journal of deletes"
+    assert contents(volume) == before
+
+
+def test_shards_in_several_directories(volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "d1"
+    other.mkdir()
+    for number in range(8, SHARDS):
+        shutil.move(volume / f"51.ec{number:02d}", other)
+    assert answer(capsys, "check", volume, other)["findings"] == []
+    alone = answer(capsys, "check", volume)
+    assert alone["exit_code"] == 0, "the others are on other servers"
+    assert "8 of 14 shards are here, 10 are needed; not here: 8 9 10 11 12 13" in alone["findings"][0]["reason"]
+
+
+@pytest.mark.parametrize("shard", [0, 5, 12])
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_damaged_shard_is_named(volume: Path, capsys: pytest.CaptureFixture[str], shard: int, sums: bool) -> None:
+    overwrite(volume / f"51.ec{shard:02d}", 1000, b"damage")
+    if not sums:
+        (volume / "51.ecsum").unlink()
+    said = answer(capsys, "check", volume)
+    assert said["exit_code"] == 1
+    (finding,) = found(said)
+    assert (
+        finding["file"] == f"{volume}/51.ec{shard:02d}" and finding["offset"] == 0 and "ec.rebuild" in finding["remedy"]
+    )
+    assert ("differs from its checksum in 1 block" if sums else "does not fit the others") in finding["reason"]
+    assert said["volumes"][0]["damaged_shards"] == [shard] and not said["volumes"][0]["unreadable"]
+    assert answer(capsys, "check", "--index-only", volume)["exit_code"] == 0
+
+
+def test_a_shard_of_another_length(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.truncate(volume / "51.ec03", 1000)
+    (finding,) = found(answer(capsys, "check", volume))
+    assert finding["file"].endswith("51.ec03") and finding["reason"] == "the shard has 1000 bytes, not 1048576"
+
+
+def test_checksums_that_are_damaged(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overwrite(volume / "51.ecsum", 20, b"\xff\xff")
+    (finding,) = found(answer(capsys, "check", volume))
+    assert finding["file"].endswith("51.ecsum") and "CRC mismatch" in finding["reason"]
+
+
+@pytest.mark.parametrize("kind", ["ragged", "order", "range", "missing", "empty"])
+def test_a_damaged_index(volume: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path = volume / "51.ecx"
+    data = path.read_bytes()
+    damaged = {
+        "ragged": data[:-5],
+        "order": data[16:32] + data[:16] + data[32:],
+        "range": data[:8] + b"\x7f" + data[9:],
+        "empty": b"",
+    }
+    if kind == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[kind])
+    said = answer(capsys, "check", "--index-only", volume)
+    assert said["exit_code"] == 1
+    (finding,) = found(said)
+    words = {"ragged": "11 bytes of half a row", "order": "order of keys", "range": "ends behind the data"}
+    assert words.get(kind, f"the index is {kind}") in finding["reason"]
+    assert finding["file"] == str(path) and "pyvolume fix" in finding["remedy"]
+    assert finding.get("offset") == {"ragged": 19 * 16, "order": 16, "range": 0}.get(kind)
+
+
+def test_half_an_id_in_the_journal(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (volume / "51.ecj").open("ab") as file:
+        file.write(b"abc")
+    (finding,) = found(answer(capsys, "check", volume))
+    assert finding["level"] == "warning" and finding["offset"] == 32
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_a_go_server_is_seen_by_the_index_that_it_has_open(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; f = open(sys.argv[1], 'r+b'); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(volume / "51.ecx")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        status, _, err = command(capsys, "check", volume)
+    finally:
+        holder.communicate("")
+    assert status == 2 and err.count(f"process {holder.pid}") == 1 and "51.ecx open for writing" in err
+
+
+def test_a_single_volume_may_be_asked_for(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "check", "--volume-id", 51, volume)["exit_code"] == 0
+    assert answer(capsys, "check", "--volume-id", 52, volume)["exit_code"] == 2
