@@ -20,6 +20,7 @@ from typing import Any, cast
 import pytest
 
 from pyvolume.config import ServerConfig
+from pyvolume.security_config import SecurityConfig
 from pyvolume.server import lifecycle
 from pyvolume.server.signals import Inbox
 
@@ -520,6 +521,25 @@ def test_an_accident_in_a_reload_leaves_settings_and_server_alone(caplog: pytest
     process._reload()
     assert process.context is not None and str(process.context.security) == "as it was"
     assert "security settings stay as they were" in caplog.messages
+
+
+def test_a_reload_that_brings_a_key_imports_what_tokens_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(lifecycle, "import_module", imported.append)
+    process = lifecycle.Process(cast("Any", None), Inbox(), {})
+    process.context = cast(
+        "Any", SimpleNamespace(store=SimpleNamespace(load_new_volumes=int), security=SecurityConfig(), tls=None)
+    )
+    for security, expected in (
+        (SecurityConfig(), []),
+        (SecurityConfig(jwt_read_key=b"k"), ["pyvolume.ops.tokens"]),
+        (SecurityConfig(jwt_write_key=b"k"), ["pyvolume.ops.tokens"]),
+    ):
+        imported.clear()
+        process._loader = cast("Any", SimpleNamespace(reload=lambda _current, new=security: new))
+        process._reload()
+        assert process.context is not None and process.context.security is security
+        assert imported == expected
 
 
 def test_many_reloads_do_not_pile_up(make: Make) -> None:
