@@ -713,29 +713,12 @@ static int set_slow(pv_map *m, const spot *at, const ent *e) {
     return rc;
 }
 
-/* Whether the last leaf took e, whose key is above all others. */
-static bool append(pv_map *m, const ent *e) {
-    const inner *node = m->root[m->root_count - 1].node;
-    leaf *l = node->leaves[node->count - 1];
-    uint64_t delta = e->key - node->keys[node->count - 1];
-    if (l->count == l->cap || delta > width_mask[l->key_w] || !value_fits(l, e->units8, e->size)) {
-        return false;
-    }
-    store_wide(l->cells + (size_t)l->count * l->key_w, delta, width_mask[l->key_w]);
-    put_value(l, l->count, e->units8, e->size);
-    l->count++;
-    return true;
-}
-
 /* Sets a key without counting. *old: what was there; old->size and units8 0, *found false if nothing. */
 static int set(pv_map *m, const ent *e, ent *old, bool *found) {
     *old = (ent){.key = e->key};
     *found = false;
     if (m->root_count == 0) {
         return append_leaf(m, e);
-    }
-    if (e->key > m->stats.max_key && append(m, e)) {
-        return 0;
     }
     /* Each turn but the last halves an inner node. */
     for (;;) {
@@ -939,10 +922,55 @@ static int apply_row(pv_map *m, const pv_idx_row *row) {
     return 0;
 }
 
+/* Puts rows of needles into the last leaf for as long as their keys rise above all others and they fit, and counts them.
+ * Returns how many. The map is not empty. */
+static size_t append_rows(pv_map *m, const pv_idx_row *rows, size_t count) {
+    const inner *node = m->root[m->root_count - 1].node;
+    leaf *l = node->leaves[node->count - 1];
+    const uint64_t first = node->keys[node->count - 1];
+    const uint64_t base = leaf_base(l);
+    const size_t key_w = l->key_w;
+    const size_t offset_w = l->offset_w;
+    const size_t size_w = l->size_w;
+    uint8_t *key = l->cells + l->count * key_w;
+    uint8_t *value = l->cells + value_at(l, l->count);
+    uint64_t max_key = m->stats.max_key;
+    size_t n = 0;
+    count = count < (size_t)(l->cap - l->count) ? count : (size_t)(l->cap - l->count);
+    for (; n < count; n++) {
+        const pv_idx_row *row = &rows[n];
+        const uint64_t units8 = row->offset / 8;
+        if (row->key <= max_key || units8 == 0 || row->size < 0 || row->key - first > width_mask[key_w] ||
+            units8 < base || units8 - base > width_mask[offset_w] || size_width_of((uint32_t)row->size) > size_w) {
+            break;
+        }
+        store_wide(key, row->key - first, width_mask[key_w]);
+        store_wide(value, units8 - base, width_mask[offset_w]);
+        store_size(value + offset_w, (uint32_t)row->size, (uint32_t)width_mask[size_w]);
+        key += key_w;
+        value += offset_w + size_w;
+        max_key = row->key;
+        m->stats.file_bytes += (uint32_t)row->size;
+    }
+    l->count = (uint16_t)(l->count + n);
+    m->stats.max_key = max_key;
+    m->stats.entries += n;
+    m->stats.file_count += n;
+    return n;
+}
+
 int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *done) {
     int rc = 0;
     pv__wrlock(&m->lock);
-    for (size_t i = 0; i < count && rc >= 0; i++) {
+    for (size_t i = 0; i < count && rc >= 0;) {
+        if (m->root_count > 0 && rows[i].key > m->stats.max_key) {
+            size_t put = append_rows(m, rows + i, count - i);
+            i += put;
+            *done += put;
+            if (put > 0) {
+                continue;
+            }
+        }
         /* Keys above all others go to the last leaf, which is here. */
         if (m->root_count > 0 && i + LOAD_AHEAD < count && rows[i + LOAD_AHEAD].key <= m->stats.max_key) {
             const inner *node = m->root[root_find(m, rows[i + LOAD_AHEAD].key)].node;
@@ -950,6 +978,7 @@ int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *don
         }
         rc = apply_row(m, &rows[i]);
         *done += rc >= 0;
+        i++;
     }
     pv__rwunlock(&m->lock);
     return rc;
