@@ -314,11 +314,35 @@ typedef struct worker {
     unsigned long ops;
 } worker;
 
+/* Deletes a run of keys from the ith on as a batch; what is gone already is left out by it. */
+static void delete_run(worker *w, uint64_t i) {
+    pv_delete items[24];
+    size_t n = 0;
+    memset(items, 0, sizeof items);
+    for (; n < sizeof items / sizeof items[0] && i + n < KEYS; n++) {
+        items[n] = (pv_delete){.id = w->first_key + i + n, .cookie = 0x1234, .ok = 1};
+    }
+    for (size_t at = 0; at < n;) {
+        int rc = pv_vol_delete_many(w->v, items + at, n - at, 0, NULL);
+        CHECK(rc >= 0);
+        CHECK_EQ(rc > 0, w->versions[i + at] != 0);
+        for (int k = 0; k < rc; k++, at++) {
+            CHECK(items[at].size > 0 && w->versions[i + at] != 0);
+            w->versions[i + at] = 0;
+        }
+        at += rc == 0;
+    }
+}
+
 static void *work(void *arg) {
     worker *w = arg;
     while (!atomic_load(w->stop)) {
         uint64_t i = t_rand_below(&w->seed, KEYS);
         uint64_t key = w->first_key + i;
+        if (t_rand_below(&w->seed, 40) == 0) {
+            delete_run(w, i);
+            continue;
+        }
         switch (t_rand_below(&w->seed, 5)) {
         case 0:
             if (w->versions[i] != 0) {
