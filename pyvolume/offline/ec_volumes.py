@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pyvolume._native import ec, engine
@@ -20,12 +21,13 @@ from pyvolume.storage import files, vif
 from pyvolume.storage.ec import index
 from pyvolume.storage.ec.encode import ratio_of
 from pyvolume.storage.ec.layout import Layout, Ratio, layout_of
-from pyvolume.storage.superblock import SUPER_BLOCK_SIZE, SuperBlock
+from pyvolume.storage.superblock import CURRENT_VERSION, SUPER_BLOCK_SIZE, SuperBlock
 from pyvolume.types import parse_volume_base_name
 
 HEADER_BYTES: Final = 16
 _SHARD: Final = re.compile(r"\.ec(\d\d)")
 _BATCH: Final = 4096
+_HEADER: Final = struct.Struct(">IQi")
 
 
 @dataclass
@@ -242,6 +244,61 @@ class Shards:
         if key is not None and needle.id != key:
             raise BadRecord(f"the record there is of needle {needle.id:x}")
         return needle
+
+    def records(self) -> Iterator[EcRecord]:
+        """All records from the first on, to the end of the data. Raises BadRecord where the next cannot be told,
+        OSError, CannotRun."""
+        at = self.block.block_bytes
+        while at + HEADER_BYTES < self.data_bytes:
+            record = self._record_at(at)
+            if record is None:
+                return
+            yield record
+            at += record.record_len
+
+    def _record_at(self, at: int) -> EcRecord | None:
+        """The record at an offset, which may be damaged; None for zeros, which are what is behind the last."""
+        version = self.block.version
+        damaged = None
+        suspects = sorted({part.shard for part in self.layout.locate(at, HEADER_BYTES)} & set(self.fds))
+        if len(self.fds) <= self.ratio.data:
+            suspects = []
+        blank = False
+        for without in ((), *((shard,) for shard in suspects)):
+            cookie, key, size = _HEADER.unpack(self.read(at, HEADER_BYTES, without).ljust(HEADER_BYTES, b"\0"))
+            length = engine.needle_record_len(max(size, 0), version)
+            if size < 0 or at + length > -(-self.data_bytes // 8) * 8:
+                continue
+            if not size:
+                tail = self.read(at + HEADER_BYTES + 4, 8, without)
+                if any(tail) if version == CURRENT_VERSION else key or cookie:
+                    return EcRecord(at, key, cookie, 0, length)
+                blank = blank or not without
+                continue
+            record = EcRecord(at, key, cookie, size, length)
+            try:
+                self.needle(at, size, key)
+            except (engine.NativeError, BadRecord) as exc:
+                damaged = damaged or replace(record, fault=exc)
+                continue
+            return record
+        if blank and not damaged:
+            return None
+        if damaged is None:
+            raise BadRecord(f"offset {at}: no further record can be told apart")
+        return damaged
+
+
+@dataclass(frozen=True, slots=True)
+class EcRecord:
+    """One record met on the way through the data; size 0: a delete or an empty file. fault: why it cannot be read."""
+
+    offset: int
+    key: int
+    cookie: int
+    size: int
+    record_len: int
+    fault: Exception | None = None
 
 
 class BadRecord(Exception):

@@ -3,7 +3,7 @@
 Columns, template and choice of needles are those of `weed export`. Unlike there, empty files are there, too, what is
 deleted says so, an index that is missing is an error, names cannot leave the target, and memory is bounded.
 
-May import common, storage, _native and the leaves.
+May import common, check_ec, ec_volumes, storage, _native and the leaves.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 from pyvolume._native import engine
 from pyvolume.errors import from_native
+from pyvolume.offline.check_ec import explained_ec
 from pyvolume.offline.common import (
     CannotRun,
     Finding,
@@ -35,7 +36,18 @@ from pyvolume.offline.common import (
     layout_of,
     plural,
 )
+from pyvolume.offline.ec_volumes import (
+    BadRecord,
+    EcFiles,
+    Shards,
+    ec_ids,
+    for_each_ec_volume,
+    rows_of,
+    why,
+    width_of,
+)
 from pyvolume.storage import files
+from pyvolume.storage.ec import index as ec_index
 from pyvolume.types import Ttl, format_key_cookie
 
 _DEFAULT_FORMAT: Final = "{{.Id}}_{{.Name}}{{.Ext}}"
@@ -80,10 +92,17 @@ def run(job: Job) -> None:
         return
     try:
         with _target(job) as target:
-            for volume in for_each_volume(job, will_write=False):
+            for volume in for_each_volume(job, will_write=False, elsewhere=ec_ids(job)):
                 facts: dict[str, object] = {"id": volume.vid, "collection": volume.collection, "path": volume.dat}
                 with explained(job, volume):
                     facts["needles"] = export_volume(job, volume, target)
+                job.report(**facts)
+            for shards in for_each_ec_volume(job, will_write=False):
+                if shards.dat:  # which was written out already
+                    continue
+                facts = {"id": shards.vid, "collection": shards.collection, "path": shards.base}
+                with explained_ec(job, shards):
+                    facts["needles"] = export_ec_volume(job, shards, target)
                 job.report(**facts)
     except OSError as exc:
         if isinstance(exc, BrokenPipeError):
@@ -185,7 +204,7 @@ def _target(job: Job) -> Iterator[Any]:
 class _Data(io.RawIOBase):
     """The data of one needle as a file; the checksum is verified when the last byte has been read."""
 
-    def __init__(self, volume: engine.Volume, needle: engine.Needle) -> None:
+    def __init__(self, volume: engine.Volume | None, needle: engine.Needle) -> None:
         super().__init__()
         self._volume, self._needle = volume, needle
         self._at, self._crc = 0, 0
@@ -199,7 +218,8 @@ class _Data(io.RawIOBase):
         want = left if size is None or size < 0 else min(size, left)
         if want <= 0:
             return b""
-        if needle.data is not None:
+        if needle.data is not None or self._volume is None:
+            assert needle.data is not None
             piece = bytes(needle.data[self._at : self._at + want])
         else:
             want = min(want, _CHUNK_BYTES)
@@ -262,6 +282,62 @@ def export_volume(job: Job, volume: VolumeFiles, target: Any) -> int:
     return count
 
 
+def export_ec_volume(job: Job, volume: EcFiles, target: Any) -> int:
+    """As export_volume, of the shards of an erasure coded volume; as many as are parity may be missing.
+
+    Each record is in memory as a whole, one at a time.
+    """
+    if not volume.ecx:
+        raise CannotRun(f"{volume.base}.ecx does not exist: run `pyvolume fix` first")
+    width = width_of(volume, job.args.offset_bytes)
+    deleted = {key for path in volume.ecj for key in ec_index.read_journal(path)}
+    with files.opened(volume.ecx[0]) as fd:
+        live = {
+            row.offset: (row.key, row.size) for row in rows_of(fd, width) if row.size >= 0 and row.key not in deleted
+        }
+    count = 0
+    with Shards(volume) as shards, Progress(job, shards.data_bytes, volume.name) as progress:
+        for offset, key, size in _ec_candidates(job, volume, shards, live):
+            progress.to(offset)
+            is_live = offset in live
+            try:
+                needle = shards.needle(offset, size, key)
+            except (engine.NativeError, BadRecord) as exc:
+                text = f"needle {key:x} left out: {why(exc, volume.base)}"
+                job.find(Finding("error", volume.base, text, "", offset, key))
+                continue
+            if job.args.newer is not None and needle.has_last_modified and needle.last_modified_s < job.args.newer:
+                continue
+            if job.args.limit and count >= job.args.limit:
+                break
+            if target.wants_data:
+                if not is_live and needle.data_size == 0:
+                    continue
+                name = _file_name(job.args.format, volume.vid, needle, None)
+                target.file(name, needle.last_modified_s, needle.data_size, _Data(None, needle))
+            else:
+                length = engine.needle_record_len(size, shards.block.version)
+                target.line(_columns(volume.vid, needle, not is_live, offset, length))
+            count += 1
+        progress.to(shards.data_bytes)
+    return count
+
+
+def _ec_candidates(
+    job: Job, volume: EcFiles, shards: Shards, live: dict[int, tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(offset, key, Size) of the records wanted, in the order of the data."""
+    if not job.args.deleted:
+        for offset, (key, size) in sorted(live.items()):
+            yield offset, key, size
+        return
+    try:
+        for record in shards.records():
+            yield record.offset, record.key, record.size
+    except BadRecord as exc:
+        job.find(Finding("error", volume.base, str(exc), "run `pyvolume check`"))
+
+
 def _candidates(
     job: Job, volume: VolumeFiles, layout: Layout, dat_fd: int, opened: engine.Volume
 ) -> Iterator[tuple[int, int, int, int, bool]]:
@@ -316,7 +392,7 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace").replace("\t", " ").replace("\n", " ")
 
 
-def _file_name(template: str, vid: int, needle: engine.Needle, opened: engine.Volume) -> str:
+def _file_name(template: str, vid: int, needle: engine.Needle, opened: engine.Volume | None) -> str:
     """The template filled in; never a path that leaves the target."""
     raw = needle.name.decode("utf-8", "surrogateescape")
     values = {
@@ -331,8 +407,8 @@ def _file_name(template: str, vid: int, needle: engine.Needle, opened: engine.Vo
     name = "/".join(part[-_NAME_MAX:] for part in parts) or f"{needle.id:x}"
     if needle.is_compressed and needle.data_size >= 2 and posixpath.splitext(name)[1] != ".gz":
         head = (
-            bytes(needle.data[:2])
-            if needle.data is not None
+            bytes((needle.data or b"")[:2])
+            if needle.data is not None or opened is None
             else bytes(opened.pread(needle.data_offset, 2, needle.entry_revision))
         )
         if head == _GZIP:

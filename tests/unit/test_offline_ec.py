@@ -1,8 +1,9 @@
-"""`pyvolume check` of erasure coded volumes: Go's is clean, each kind of damage is named."""
+"""`pyvolume check`, `export` of erasure coded volumes: Go's is clean, each kind of damage is named."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from offline_util import answer, command, contents
-from storage_util import GOLDEN
+from storage_util import GOLDEN, rows_in, write_index
 
 SHARDS = 14
 
@@ -137,3 +138,69 @@ def test_a_go_server_is_seen_by_the_index_that_it_has_open(volume: Path, capsys:
 def test_a_single_volume_may_be_asked_for(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "check", "--volume-id", 51, volume)["exit_code"] == 0
     assert answer(capsys, "check", "--volume-id", 52, volume)["exit_code"] == 2
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def as_plain(volume: Path, target: Path) -> Path:
+    """The plain volume that the shards are of, with the deletes of the journal."""
+    target.mkdir()
+    rows = rows_in(volume / "51.ecx")
+    size = int(json.loads((volume / "51.vif").read_text())["datFileSize"])
+    (target / "51.dat").write_bytes(b"".join((volume / f"51.ec{n:02d}").read_bytes() for n in range(10))[:size])
+    deleted = (volume / "51.ecj").read_bytes()
+    gone = [(int.from_bytes(deleted[at : at + 8], "big"), 0, -1) for at in range(0, len(deleted), 8)]
+    write_index(target, sorted(rows, key=lambda row: row[1]) + gone, vid=51)
+    return target
+
+
+def exported(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("options", [[], ["--deleted"], ["--limit", "3"]])
+def test_the_list_is_that_of_the_plain_volume(
+    volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    plain = as_plain(volume, tmp_path / "plain")
+    wanted = answer(capsys, "export", *options, plain)
+    for number in (0, 1, 7, 12):
+        (volume / f"51.ec{number:02d}").unlink()
+    said = answer(capsys, "export", *options, volume)
+    assert said["needles"] == wanted["needles"] and len(said["needles"]) >= 3
+    assert said["exit_code"] == wanted["exit_code"] == 0
+
+
+@pytest.mark.parametrize("damage", ["none", "four missing", "damaged"])
+def test_the_files_are_those_of_the_plain_volume(
+    volume: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    plain = as_plain(volume, tmp_path / "plain")
+    if damage == "four missing":
+        for number in (0, 3, 10, 11):
+            (volume / f"51.ec{number:02d}").unlink()
+    elif damage == "damaged":
+        for _, offset, _ in rows_in(volume / "51.ecx"):
+            overwrite(volume / "51.ec00", offset + 20, b"!?!?")
+    assert command(capsys, "export", "-o", tmp_path / "a", plain)[0] == 0
+    before = contents(volume)
+    assert command(capsys, "export", "-o", tmp_path / "b", volume)[0] == 0
+    assert exported(tmp_path / "a") == exported(tmp_path / "b") != {}
+    assert contents(volume) == before
+
+
+def test_five_missing_shards_are_too_many(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(5):
+        (volume / f"51.ec{number:02d}").unlink()
+    said = answer(capsys, "export", volume)
+    assert said["exit_code"] == 2 and "9 usable shards of 10 that are needed" in said["errors"][0]
+
+
+def test_damage_in_more_shards_than_can_be_made_is_told(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key, offset, _ = max(rows_in(volume / "51.ecx"), key=lambda row: row[2])
+    overwrite(volume / "51.ec00", offset + 25, b"!?!?")
+    for number in range(10, 14):
+        (volume / f"51.ec{number:02d}").unlink()
+    (finding,) = answer(capsys, "export", volume)["findings"]
+    assert (finding["key"], finding["offset"]) == (key, offset) and "CRC" in finding["reason"]
