@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any, Final, Literal, Self
 
 from pyvolume._native import engine
@@ -277,6 +280,31 @@ def explained(job: Job, volume: VolumeFiles) -> Iterator[None]:
         job.fail(f"{volume}: {from_native(exc.code, exc.info, vid=volume.vid, path=volume.dat)}")
     except OSError as exc:
         job.fail(f"{volume}: {from_os_error(exc, 'open', exc.filename or volume.dat)}")
+
+
+def keep_and_replace(new: str, path: str) -> str:
+    """Keeps a file as `<path>.bak-<time>`, if it is there, and puts the new one in its place; gives that name.
+
+    A crash leaves the one or the other. Raises OSError.
+    """
+    backup = ""
+    if files.exists(path):
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        for attempt in count():
+            backup = f"{path}.bak-{stamp}" + (f".{attempt}" if attempt else "")
+            try:
+                os.link(path, backup)
+            except FileExistsError:
+                continue
+            except OSError as exc:
+                if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                os.rename(path, backup)  # no hard links here: for a moment there is no index
+            break
+        files.sync_dir(os.path.dirname(path))
+    os.replace(new, path)
+    files.sync_dir(os.path.dirname(path))
+    return backup
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

@@ -17,15 +17,15 @@ import heapq
 import os
 import struct
 import tempfile
-import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from typing import Final
 
 from pyvolume._native import engine
 from pyvolume.errors import NativeCode
+from pyvolume.offline import fix_ec
 from pyvolume.offline.common import (
     CannotRun,
     Finding,
@@ -36,9 +36,11 @@ from pyvolume.offline.common import (
     add_common_arguments,
     explained,
     for_each_volume,
+    keep_and_replace,
     layout_of,
     plural,
 )
+from pyvolume.offline.ec_volumes import ec_ids
 from pyvolume.storage import files, index_files
 from pyvolume.storage.superblock import CURRENT_VERSION
 from pyvolume.types import MAX_VOLUME_BYTES
@@ -63,12 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(job: Job) -> None:
     changed = 0
-    for volume in for_each_volume(job, will_write=not job.args.dry_run):
+    for volume in for_each_volume(job, will_write=not job.args.dry_run, elsewhere=ec_ids(job)):
         facts: dict[str, object] = {"id": volume.vid, "collection": volume.collection, "path": volume.idx}
         with explained(job, volume):
             facts |= fix_volume(job, volume)
         changed += bool(facts.get("changed"))
         job.report(**facts)
+    changed += fix_ec.run(job)
     would = "would be rebuilt" if job.args.dry_run else "rebuilt"
     job.say(f"{plural(len(job.volumes), 'volume')} looked at, {plural(changed, 'index').replace('xs', 'xes')} {would}")
 
@@ -508,26 +511,10 @@ def _cut(job: Job, volume: VolumeFiles, start: int, end: int) -> str:
 
 def _put_in_place(job: Job, volume: VolumeFiles, new_idx: str, compared: _Comparison) -> str:
     """Keeps the old index under another name, then puts the new one in place; a crash leaves the one or the other."""
-    backup = ""
-    directory = os.path.dirname(volume.idx)
-    if files.exists(volume.idx):
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        for attempt in count():
-            backup = f"{volume.idx}.bak-{stamp}" + (f".{attempt}" if attempt else "")
-            try:
-                os.link(volume.idx, backup)
-            except FileExistsError:
-                continue
-            except OSError as exc:
-                if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-                    raise
-                os.rename(volume.idx, backup)  # no hard links here: for a moment there is no index
-            break
-        files.sync_dir(directory)
-    os.replace(new_idx, volume.idx)
+    backup = keep_and_replace(new_idx, volume.idx)
     for extension in (".sdx", ".ldb", ".rdb", ".rocks"):
         files.remove_if_exists(volume.idx.removesuffix(".idx") + extension)
-    files.sync_dir(directory)
+    files.sync_dir(os.path.dirname(volume.idx))
     lacked = plural(compared.recovered, "change")
     text = f"{volume.idx}: rebuilt, {plural(compared.live, 'live needle')}, {lacked} that it lacked"
     job.say(f"{text}; the old one is {backup}" if backup else text)

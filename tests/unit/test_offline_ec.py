@@ -1,4 +1,4 @@
-"""`pyvolume check`, `export` of erasure coded volumes: Go's is clean, each kind of damage is named."""
+"""`pyvolume check`, `export`, `fix` of erasure coded volumes: Go's is clean, each kind of damage is named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from offline_util import answer, command, contents
 from storage_util import GOLDEN, rows_in, write_index
+
+from pyvolume._native import engine
 
 SHARDS = 14
 
@@ -204,3 +206,90 @@ def test_damage_in_more_shards_than_can_be_made_is_told(volume: Path, capsys: py
         (volume / f"51.ec{number:02d}").unlink()
     (finding,) = answer(capsys, "export", volume)["findings"]
     assert (finding["key"], finding["offset"]) == (key, offset) and "CRC" in finding["reason"]
+
+
+# -- fix --------------------------------------------------------------------------------------------------------------
+
+
+def with_deletes(volume: Path) -> bytes:
+    """The index as it was, with the deletes of the journal in it."""
+    journal = (volume / "51.ecj").read_bytes()
+    gone = {int.from_bytes(journal[at : at + 8], "big") for at in range(0, len(journal), 8)}
+    rows = rows_in(volume / "51.ecx")
+    assert gone <= {key for key, _, _ in rows}
+    return engine.idx_pack(((key, offset, -1 if key in gone else size) for key, offset, size in rows), 4)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "ragged", "order", "another record"])
+def test_a_damaged_index_is_made_anew(volume: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path = volume / "51.ecx"
+    data = path.read_bytes()
+    wanted = with_deletes(volume)
+    damaged = {
+        "empty": b"",
+        "ragged": data[:-5],
+        "order": data[16:32] + data[:16] + data[32:],
+        "another record": data[:8] + data[24:28] + data[12:],
+    }
+    if kind == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[kind])
+    for number in (0, 2, 3, 4):
+        (volume / f"51.ec{number:02d}").unlink()
+    before = contents(volume)
+    said = answer(capsys, "fix", "--dry-run", volume)
+    assert said["exit_code"] == 1 and "would be rebuilt" in said["findings"][0]["reason"]
+    assert contents(volume) == before
+    said = answer(capsys, "fix", volume)
+    (facts,) = said["volumes"]
+    assert (said["exit_code"], facts["changed"], facts["live"], facts["rows"]) == (0, True, 16, 20)
+    assert path.read_bytes() == wanted
+    after = contents(volume)
+    if kind != "missing":
+        assert Path(facts["backup"]).read_bytes() == damaged[kind]
+    assert {name: after[name] for name in before if name != "51.ecx"} == {
+        name: digest for name, digest in before.items() if name != "51.ecx"
+    }
+    assert found(answer(capsys, "check", volume)) == []
+    assert answer(capsys, "fix", volume)["volumes"][0]["changed"] is False
+
+
+def test_an_index_that_is_right_is_left_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(volume)
+    said = answer(capsys, "fix", volume)
+    assert said["exit_code"] == 0 and not said["volumes"][0]["changed"]
+    after = contents(volume)
+    assert {name: after[name] for name in before} == before
+
+
+def test_without_enough_shards_no_index_is_made(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (volume / "51.ecx").unlink()
+    for number in range(5):
+        (volume / f"51.ec{number:02d}").unlink()
+    said = answer(capsys, "fix", volume)
+    assert said["exit_code"] == 2 and "9 usable shards" in said["errors"][0]
+    assert not (volume / "51.ecx").exists()
+
+
+def test_shards_that_an_encode_left_get_no_index(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = as_plain(volume, volume / "plain")
+    for name in ("51.dat", "51.idx"):
+        shutil.move(plain / name, volume / name)
+    plain.rmdir()
+    (volume / "51.ecx").unlink()
+    assert answer(capsys, "fix", volume)["errors"] == []
+    assert not (volume / "51.ecx").exists(), "a start would take the shards for the volume"
+
+
+def test_needles_of_a_damaged_shard_stay_in_the_index(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = with_deletes(volume)
+    key, offset, _ = max(rows_in(volume / "51.ecx"), key=lambda row: row[2])
+    overwrite(volume / "51.ec00", offset + 25, b"!?!?")
+    (volume / "51.ecx").unlink()
+    for number in range(10, 14):
+        (volume / f"51.ec{number:02d}").unlink()
+    said = answer(capsys, "fix", volume)
+    (finding,) = found(said)
+    assert (said["exit_code"], finding["key"], finding["offset"]) == (1, key, offset)
+    assert (volume / "51.ecx").read_bytes() == wanted
