@@ -621,17 +621,39 @@ typedef struct pv_ec_layout {
 
 /* The code: (data + parity) rows of `data` coefficients; the first `data` are the identity. PV_EINVAL: no such ratio. */
 PV_API int pv_ec_matrix(uint32_t data, uint32_t parity, uint8_t *matrix, pv_errinfo *err) PV_WUR;
+/* A file that a job goes through once. Reads and writes by direct_fd (O_DIRECT; < 0: none) leave the page cache to others;
+ * what does not fit it goes by fd, and so does what the cache holds anyway. fd < 0: no such file. */
+typedef struct pv_ec_file {
+    int32_t fd;
+    int32_t direct_fd;
+} pv_ec_file;
+
+/* Working memory of the functions below: page-aligned, borrowed for the call, PV_EC_CHUNK bytes for each file that is read
+ * or written; one thread uses it at a time. */
+#define PV_EC_CHUNK 524288
+
+/* Makes a file so long and reserves its room. Errors: PV_ESYS, PV_EINVAL. */
+PV_API int pv_ec_reserve(int fd, uint64_t bytes, pv_errinfo *err) PV_WUR;
 /* Makes bytes [from, to) of all shards of a .dat, whose bytes behind dat_bytes count as zero, and writes them to
- * out_fds[shard] (< 0: not). crcs (may be NULL): crcs[shard] goes on over the bytes made. Takes 256 KiB for each shard.
- * Descriptors are borrowed; no state, so that threads may make different stretches at once. Not synced.
- * Errors: PV_EEOF (the .dat has become shorter), PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ec_encode(int dat_fd, uint64_t dat_bytes, const pv_ec_layout *layout, uint64_t from, uint64_t to,
-                        const int *out_fds, uint32_t *crcs, pv_errinfo *err) PV_WUR;
-/* Makes bytes [from, to) of each shard with out_fds[shard] >= 0 of the first `data` others with in_fds[shard] >= 0.
- * As pv_ec_encode otherwise. Errors: PV_ERANGE (a = shards there are, b = needed), PV_EEOF (d = the shard that is too
- * short), PV_EINVAL, PV_ENOMEM, PV_ESYS. */
-PV_API int pv_ec_rebuild(uint32_t data, uint32_t parity, const int *in_fds, const int *out_fds, uint64_t from,
-                         uint64_t to, uint32_t *crcs, pv_errinfo *err) PV_WUR;
+ * out[shard]. crcs (may be NULL): crcs[shard] goes on over the bytes made. Descriptors are borrowed; no state, so that
+ * threads may make different stretches at once. Not synced.
+ * Errors: PV_EEOF (the .dat has become shorter), PV_EINVAL (scratch too small among others), PV_ESYS. */
+PV_API int pv_ec_encode(const pv_ec_file *dat, uint64_t dat_bytes, const pv_ec_layout *layout, uint64_t from,
+                        uint64_t to, const pv_ec_file *out, uint32_t *crcs, void *scratch, size_t scratch_len,
+                        pv_errinfo *err) PV_WUR;
+/* Makes bytes [from, to) of each shard that is in `out` of the first `data` others that are in `in`; crcs (may be NULL)
+ * of all these. As pv_ec_encode otherwise. Errors: PV_ERANGE (a = shards there are, b = needed), PV_EEOF (d = the shard
+ * that is too short), PV_EINVAL, PV_ESYS (d = the shard that cannot be read, or
+ * PV_EC_MAX_SHARDS). */
+PV_API int pv_ec_rebuild(uint32_t data, uint32_t parity, const pv_ec_file *in, const pv_ec_file *out, uint64_t from,
+                         uint64_t to, uint32_t *crcs, void *scratch, size_t scratch_len, pv_errinfo *err) PV_WUR;
+/* Writes bytes [from, to) of a .dat, taken from its data shards in[0 .. data_shards). Not synced. `from` is a multiple of
+ * 4096 where a direct descriptor is to be of use. Errors: PV_EEOF (d = the shard), PV_EINVAL, PV_ESYS. */
+PV_API int pv_ec_decode(const pv_ec_file *in, const pv_ec_layout *layout, const pv_ec_file *out, uint64_t from,
+                        uint64_t to, void *scratch, size_t scratch_len, pv_errinfo *err) PV_WUR;
+/* Goes on with a CRC-32C over bytes [from, to) of a file. Errors: PV_EEOF, PV_EINVAL, PV_ESYS. */
+PV_API int pv_ec_sum(const pv_ec_file *file, uint64_t from, uint64_t to, uint32_t *crc, void *scratch,
+                     size_t scratch_len, pv_errinfo *err) PV_WUR;
 /* Makes len bytes of one shard of the same bytes of `data` others, whose ids ascend. No I/O. PV_EINVAL. */
 PV_API int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const uint8_t *const *pieces,
                          size_t len, uint8_t wanted, uint8_t *out, pv_errinfo *err) PV_WUR;

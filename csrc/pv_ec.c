@@ -3,12 +3,13 @@
  * The code is that of klauspost/reedsolomon: a Vandermonde matrix times the inverse of its top square, over the field that
  * ISA-L uses too. ISA-L's own generators give other codes and are not used. Everything works on a stretch of all shards at
  * a time and keeps nothing between calls, so that several threads may code one volume, each with a buffer of its own.
+ * What is read and written goes past the page cache where it can: a job over gigabytes must not drive out what is served.
  */
 #include "pv_int.h"
 
 #include <isa-l/erasure_code.h>
 
-#define CHUNK_BYTES (256U << 10)
+#define COLUMN_BYTES ((size_t)32 << 10) /* coded and summed at a time, while the bytes are in the processor's cache */
 #define TABLE_BYTES 32U
 #define MAX_COEFFICIENTS (PV_EC_MAX_SHARDS * PV_EC_MAX_SHARDS)
 #define ROW_MAX 17U
@@ -81,30 +82,55 @@ static int decode_rows(uint32_t data, uint32_t parity, const uint8_t *present, c
     return 0;
 }
 
-/* One buffer of CHUNK_BYTES for each of so many shards. */
-typedef struct buffers {
-    uint8_t *base;
-    size_t bytes;
-    uint8_t *at[PV_EC_MAX_SHARDS];
-} buffers;
-
-static int get_buffers(buffers *b, uint32_t count, pv_errinfo *err) {
-    b->bytes = (size_t)count * CHUNK_BYTES;
-    b->base = pv__pages(b->bytes);
-    if (b->base == NULL) {
-        return pv__fail(err, PV_ENOMEM, b->bytes, 0, 0, 0);
+/* One buffer of PV_EC_CHUNK for each of so many files, within the caller's memory. */
+static int split_scratch(uint8_t **at, uint32_t count, void *scratch, size_t len, pv_errinfo *err) {
+    if (scratch == NULL || (uintptr_t)scratch % 4096 != 0 || len / PV_EC_CHUNK < count) {
+        return pv__fail(err, PV_EINVAL, len, count, 3, 0);
     }
     for (uint32_t i = 0; i < count; i++) {
-        b->at[i] = b->base + (size_t)i * CHUNK_BYTES;
+        at[i] = (uint8_t *)scratch + (size_t)i * PV_EC_CHUNK;
     }
     return 0;
 }
 
-static int put_shard(int fd, const uint8_t *buf, size_t len, uint64_t at, uint32_t *crc, pv_errinfo *err) {
-    if (crc != NULL) {
-        *crc = pv_crc32c(*crc, buf, len);
+/* Makes `lost` buffers of `have` others, and the checksums of all, column by column. sums[i] belongs to at[i]. */
+static void code(uint8_t *const *at, uint32_t have, uint32_t lost, uint8_t *tables, size_t len, uint32_t *const *sums) {
+    for (size_t from = 0; from < len; from += COLUMN_BYTES) {
+        size_t n = len - from < COLUMN_BYTES ? len - from : COLUMN_BYTES;
+        uint8_t *column[PV_EC_MAX_SHARDS];
+        for (uint32_t i = 0; i < have + lost; i++) {
+            column[i] = at[i] + from;
+        }
+        if (lost > 0) {
+            ec_encode_data((int)n, (int)have, (int)lost, tables, column, column + have);
+        }
+        for (uint32_t i = 0; i < have + lost; i++) {
+            if (sums[i] != NULL) {
+                *sums[i] = pv_crc32c(*sums[i], column[i], n);
+            }
+        }
     }
-    return fd < 0 ? 0 : pv__io_pwrite(fd, buf, len, at, err);
+}
+
+static int read_full(const pv_ec_file *file, uint8_t *buf, size_t len, uint64_t at, uint32_t shard, pv_errinfo *err) {
+    size_t got;
+    int rc = pv__io_pread_aside(file->fd, file->direct_fd, buf, len, at, &got, err);
+    if (rc == 0 && got < len) {
+        rc = pv__fail(err, PV_EEOF, at, len, got, 0);
+    }
+    if (rc < 0 && err != NULL) {
+        err->d = shard;
+    }
+    return rc;
+}
+
+static int write_out(const pv_ec_file *file, const uint8_t *buf, size_t len, uint64_t at, pv_errinfo *err) {
+    return file->fd < 0 ? 0 : pv__io_pwrite_aside(file->fd, file->direct_fd, buf, len, at, err);
+}
+
+int pv_ec_reserve(int fd, uint64_t bytes, pv_errinfo *err) {
+    int rc = pv__io_allocate(fd, bytes, err);
+    return rc < 0 ? rc : pv__io_truncate(fd, bytes, err);
 }
 
 /* Where byte `at` of data shard `shard` comes from in the .dat, and how many bytes of one block follow. */
@@ -124,8 +150,8 @@ static int layout_ok(const pv_ec_layout *l, uint64_t from, uint64_t to) {
            l->large_block <= most && l->large_rows <= most / l->large_block && from <= to && to <= most;
 }
 
-int pv_ec_encode(int dat_fd, uint64_t dat_bytes, const pv_ec_layout *l, uint64_t from, uint64_t to, const int *out_fds,
-                 uint32_t *crcs, pv_errinfo *err) {
+int pv_ec_encode(const pv_ec_file *dat, uint64_t dat_bytes, const pv_ec_layout *l, uint64_t from, uint64_t to,
+                 const pv_ec_file *out, uint32_t *crcs, void *scratch, size_t scratch_len, pv_errinfo *err) {
     if (!layout_ok(l, from, to)) {
         return pv__fail(err, PV_EINVAL, from, to, 0, 0);
     }
@@ -133,16 +159,20 @@ int pv_ec_encode(int dat_fd, uint64_t dat_bytes, const pv_ec_layout *l, uint64_t
     const uint32_t total = data + l->parity_shards;
     uint8_t matrix[MAX_COEFFICIENTS];
     uint8_t tables[MAX_COEFFICIENTS * TABLE_BYTES];
-    buffers b;
+    uint8_t *bufs[PV_EC_MAX_SHARDS];
+    uint32_t *sums[PV_EC_MAX_SHARDS];
     int rc = pv_ec_matrix(data, l->parity_shards, matrix, err);
-    if (rc < 0 || (rc = get_buffers(&b, total, err)) < 0) {
+    if (rc < 0 || (rc = split_scratch(bufs, total, scratch, scratch_len, err)) < 0) {
         return rc;
     }
     ec_init_tables((int)data, (int)l->parity_shards, matrix + (size_t)data * data, tables);
+    for (uint32_t i = 0; i < total; i++) {
+        sums[i] = crcs == NULL ? NULL : crcs + i;
+    }
     for (uint64_t at = from; rc == 0 && at < to;) {
         uint64_t run;
         (void)dat_place(l, 0, at, &run);
-        size_t len = CHUNK_BYTES;
+        size_t len = PV_EC_CHUNK;
         len = run < len ? (size_t)run : len;
         len = to - at < len ? (size_t)(to - at) : len;
         for (uint32_t i = 0; rc == 0 && i < data; i++) {
@@ -150,70 +180,121 @@ int pv_ec_encode(int dat_fd, uint64_t dat_bytes, const pv_ec_layout *l, uint64_t
             size_t got = 0;
             if (place < dat_bytes) {
                 size_t want = dat_bytes - place < len ? (size_t)(dat_bytes - place) : len;
-                rc = pv__io_pread(dat_fd, b.at[i], want, place, &got, err);
+                rc = pv__io_pread_aside(dat->fd, dat->direct_fd, bufs[i], want, place, &got, err);
                 if (rc == 0 && got < want) {
                     rc = pv__fail(err, PV_EEOF, place, want, got, 0);
                 }
             }
-            memset(b.at[i] + got, 0, len - got);
+            memset(bufs[i] + got, 0, len - got);
         }
         if (rc == 0) {
-            ec_encode_data((int)len, (int)data, (int)l->parity_shards, tables, b.at, b.at + data);
+            code(bufs, data, l->parity_shards, tables, len, sums);
         }
         for (uint32_t i = 0; rc == 0 && i < total; i++) {
-            rc = put_shard(out_fds[i], b.at[i], len, at, crcs == NULL ? NULL : crcs + i, err);
+            rc = write_out(&out[i], bufs[i], len, at, err);
         }
         at += len;
     }
-    pv__pages_free(b.base, b.bytes);
     return rc;
 }
 
-int pv_ec_rebuild(uint32_t data, uint32_t parity, const int *in_fds, const int *out_fds, uint64_t from, uint64_t to,
-                  uint32_t *crcs, pv_errinfo *err) {
+int pv_ec_rebuild(uint32_t data, uint32_t parity, const pv_ec_file *in, const pv_ec_file *out, uint64_t from,
+                  uint64_t to, uint32_t *crcs, void *scratch, size_t scratch_len, pv_errinfo *err) {
     if (!ratio_ok(data, parity) || from > to || to > PV__OFF_MAX) {
         return pv__fail(err, PV_EINVAL, from, to, data, parity);
     }
-    uint8_t present[PV_EC_MAX_SHARDS] = {0};
-    uint8_t wanted[PV_EC_MAX_SHARDS] = {0};
+    uint8_t ids[PV_EC_MAX_SHARDS] = {0}; /* of the shards read, then of those made */
+    uint8_t *wanted = ids + data;
     uint32_t have = 0;
     uint32_t lost = 0;
     for (uint32_t i = 0; i < data + parity; i++) {
-        if (out_fds[i] >= 0) {
-            wanted[lost++] = (uint8_t)i;
-        } else if (in_fds[i] >= 0 && have < data) {
-            present[have++] = (uint8_t)i;
+        if (out[i].fd < 0 && in[i].fd >= 0 && have < data) {
+            ids[have++] = (uint8_t)i;
         }
     }
     if (have < data) {
         return pv__fail(err, PV_ERANGE, have, data, 0, 0);
     }
+    for (uint32_t i = 0; i < data + parity; i++) {
+        if (out[i].fd >= 0) {
+            wanted[lost++] = (uint8_t)i; /* of data + parity ids `data` are taken: at most `parity` are left */
+        }
+    }
     uint8_t rows[MAX_COEFFICIENTS];
     uint8_t tables[MAX_COEFFICIENTS * TABLE_BYTES];
-    buffers b;
-    int rc = decode_rows(data, parity, present, wanted, lost, rows, err);
-    if (rc < 0 || lost == 0 || (rc = get_buffers(&b, data + lost, err)) < 0) {
+    uint8_t *bufs[PV_EC_MAX_SHARDS];
+    uint32_t *sums[PV_EC_MAX_SHARDS];
+    int rc = decode_rows(data, parity, ids, wanted, lost, rows, err);
+    if (rc < 0 || (rc = split_scratch(bufs, data + lost, scratch, scratch_len, err)) < 0) {
         return rc;
     }
-    ec_init_tables((int)data, (int)lost, rows, tables);
+    if (lost > 0) {
+        ec_init_tables((int)data, (int)lost, rows, tables);
+    }
+    for (uint32_t i = 0; i < data + lost; i++) {
+        sums[i] = crcs == NULL ? NULL : crcs + ids[i];
+    }
     for (uint64_t at = from; rc == 0 && at < to;) {
-        size_t len = to - at < CHUNK_BYTES ? (size_t)(to - at) : CHUNK_BYTES;
+        size_t len = to - at < PV_EC_CHUNK ? (size_t)(to - at) : PV_EC_CHUNK;
         for (uint32_t i = 0; rc == 0 && i < data; i++) {
-            rc = pv__io_pread_full(in_fds[present[i]], b.at[i], len, at, err);
-            if (rc < 0 && err != NULL) {
-                err->d = present[i];
-            }
+            rc = read_full(&in[ids[i]], bufs[i], len, at, ids[i], err);
         }
         if (rc == 0) {
-            ec_encode_data((int)len, (int)data, (int)lost, tables, b.at, b.at + data);
+            code(bufs, data, lost, tables, len, sums);
         }
         for (uint32_t i = 0; rc == 0 && i < lost; i++) {
-            uint32_t *crc = crcs == NULL ? NULL : crcs + wanted[i];
-            rc = put_shard(out_fds[wanted[i]], b.at[data + i], len, at, crc, err);
+            rc = write_out(&out[wanted[i]], bufs[data + i], len, at, err);
+            if (rc < 0 && err != NULL) {
+                err->d = PV_EC_MAX_SHARDS;
+            }
         }
         at += len;
     }
-    pv__pages_free(b.base, b.bytes);
+    return rc;
+}
+
+int pv_ec_decode(const pv_ec_file *in, const pv_ec_layout *l, const pv_ec_file *out, uint64_t from, uint64_t to,
+                 void *scratch, size_t scratch_len, pv_errinfo *err) {
+    uint8_t *buf;
+    if (!layout_ok(l, from, to)) {
+        return pv__fail(err, PV_EINVAL, from, to, 0, 0);
+    }
+    int rc = split_scratch(&buf, 1, scratch, scratch_len, err);
+    const uint64_t large_bytes = l->large_rows * l->large_block * l->data_shards;
+    for (uint64_t at = from; rc == 0 && at < to;) {
+        int is_large = at < large_bytes;
+        uint64_t block = is_large ? l->large_block : l->small_block;
+        uint64_t within = is_large ? at : at - large_bytes;
+        uint64_t inner = within % block;
+        uint32_t shard = (uint32_t)(within / block % l->data_shards);
+        uint64_t place =
+            (is_large ? 0 : l->large_rows * l->large_block) + within / block / l->data_shards * block + inner;
+        size_t len = block - inner < PV_EC_CHUNK ? (size_t)(block - inner) : PV_EC_CHUNK;
+        len = to - at < len ? (size_t)(to - at) : len;
+        rc = read_full(&in[shard], buf, len, place, shard, err);
+        if (rc == 0) {
+            rc = write_out(out, buf, len, at, err);
+        }
+        at += len;
+    }
+    return rc;
+}
+
+int pv_ec_sum(const pv_ec_file *file, uint64_t from, uint64_t to, uint32_t *crc, void *scratch, size_t scratch_len,
+              pv_errinfo *err) {
+    uint8_t *buf;
+    if (from > to || to > PV__OFF_MAX) {
+        return pv__fail(err, PV_EINVAL, from, to, 0, 0);
+    }
+    int rc = split_scratch(&buf, 1, scratch, scratch_len, err);
+    for (uint64_t at = from; rc == 0 && at < to;) {
+        size_t len = to - at < PV_EC_CHUNK ? (size_t)(to - at) : PV_EC_CHUNK;
+        rc = read_full(file, buf, len, at, 0, err);
+        if (rc == 0) {
+            *crc = pv_crc32c(*crc, buf, len);
+        }
+        at += len;
+    }
     return rc;
 }
 

@@ -215,6 +215,12 @@ int pv__io_pwrite(int fd, const void *buf, size_t len, uint64_t offset, pv_errin
 /* The same gathered from up to PV__IOV_MAX pieces, which are not changed. One system call if the kernel takes it all. */
 #define PV__IOV_MAX 8
 int pv__io_pwritev(int fd, const struct iovec *iov, int iov_count, uint64_t offset, pv_errinfo *err) PV_WUR;
+/* As pv__io_pread, without filling the page cache with what is not in it. `buf` is page-aligned, with room up to the next
+ * page; direct_fd (< 0: none) is the same file opened with O_DIRECT. */
+int pv__io_pread_aside(int fd, int direct_fd, void *buf, size_t len, uint64_t offset, size_t *got,
+                       pv_errinfo *err) PV_WUR;
+/* As pv__io_pwrite, past the page cache where direct_fd and the alignment allow it; else the disk begins at once. */
+int pv__io_pwrite_aside(int fd, int direct_fd, const void *buf, size_t len, uint64_t offset, pv_errinfo *err) PV_WUR;
 int pv__io_datasync(int fd, pv_errinfo *err) PV_WUR; /* fdatasync */
 int pv__io_sync(int fd, pv_errinfo *err) PV_WUR;     /* fsync */
 int pv__io_truncate(int fd, uint64_t size, pv_errinfo *err) PV_WUR;

@@ -198,6 +198,97 @@ int pv__io_pwritev(int fd, const struct iovec *iov, int iov_count, uint64_t offs
     return 0;
 }
 
+#define DIRECT_ALIGN ((size_t)4096)
+
+/* Reads what the page cache holds of a stretch, up to the first byte that it does not. 1: the file ends there. */
+static int read_cached_part(int fd, uint8_t *p, size_t len, uint64_t offset, size_t *done) {
+    while (*done < len) {
+        size_t n = len - *done < IO_CHUNK ? len - *done : IO_CHUNK;
+        ssize_t rc;
+        RETRY(rc, HOOK(&n, .op = PV__IO_PREAD, .fd = fd, .offset = offset + *done),
+              preadv2(fd, &(struct iovec){p + *done, n}, 1, (off_t)(offset + *done), RWF_NOWAIT));
+        if (rc <= 0) {
+            return rc == 0; /* a true error comes again from the read that follows */
+        }
+        *done += (size_t)rc;
+    }
+    return 0;
+}
+
+/* Reads the rest of a stretch by O_DIRECT as far as that goes. 1: the file ends there. */
+static int read_direct_part(int fd, uint8_t *p, size_t len, uint64_t offset, size_t *done) {
+    *done -= *done % DIRECT_ALIGN;
+    while (*done < len) {
+        size_t n = (len - *done + DIRECT_ALIGN - 1) / DIRECT_ALIGN * DIRECT_ALIGN;
+        n = n < IO_CHUNK ? n : IO_CHUNK;
+        ssize_t rc;
+        RETRY(rc, HOOK(&n, .op = PV__IO_PREAD, .fd = fd, .offset = offset + *done),
+              pread(fd, p + *done, n, (off_t)(offset + *done)));
+        if (rc < 0) {
+            return 0;
+        }
+        *done += (size_t)rc;
+        if ((size_t)rc % DIRECT_ALIGN != 0 || rc == 0) {
+            break;
+        }
+    }
+    if (*done >= len) {
+        *done = len;
+        return 0;
+    }
+    return 1;
+}
+
+int pv__io_pread_aside(int fd, int direct_fd, void *buf, size_t len, uint64_t offset, size_t *got, pv_errinfo *err) {
+    *got = 0;
+    if (!span_ok(offset, len)) {
+        return pv__fail(err, PV_EINVAL, offset, len, 0, 0);
+    }
+    size_t done = 0;
+    int ends = read_cached_part(fd, buf, len, offset, &done);
+    if (!ends && done < len && direct_fd >= 0 && offset % DIRECT_ALIGN == 0) {
+        ends = read_direct_part(direct_fd, buf, len, offset, &done);
+    }
+    if (ends || done == len) {
+        *got = done;
+        return 0;
+    }
+    size_t rest = 0;
+    int rc = pv__io_pread(fd, (uint8_t *)buf + done, len - done, offset + done, &rest, err);
+    *got = done + rest;
+    (void)posix_fadvise(fd, (off_t)(offset + done), (off_t)rest, POSIX_FADV_DONTNEED);
+    return rc;
+}
+
+int pv__io_pwrite_aside(int fd, int direct_fd, const void *buf, size_t len, uint64_t offset, pv_errinfo *err) {
+    if (!span_ok(offset, len)) {
+        return pv__fail(err, PV_EINVAL, offset, len, 0, 0);
+    }
+    const uint8_t *p = buf;
+    size_t done = 0;
+    while (direct_fd >= 0 && len - done >= DIRECT_ALIGN && (offset + done) % DIRECT_ALIGN == 0 &&
+           done % DIRECT_ALIGN == 0) {
+        size_t n = (len - done) / DIRECT_ALIGN * DIRECT_ALIGN;
+        struct iovec part = {.iov_base = (void *)(uintptr_t)(p + done), .iov_len = n < IO_CHUNK ? n : IO_CHUNK};
+        ssize_t rc = write_once(direct_fd, &part, 1, part.iov_len, offset + done);
+        if (rc < 0 && errno != EINVAL) {
+            return pv__fail_sys(err, errno, offset, len, done);
+        }
+        if (rc <= 0) {
+            break; /* a file system that wants another alignment */
+        }
+        done += (size_t)rc;
+    }
+    if (done == len) {
+        return 0;
+    }
+    int rc = pv__io_pwrite(fd, p + done, len - done, offset + done, err);
+    if (rc == 0) {
+        (void)sync_file_range(fd, (off_t)(offset + done), (off_t)(len - done), SYNC_FILE_RANGE_WRITE);
+    }
+    return rc;
+}
+
 int pv__io_datasync(int fd, pv_errinfo *err) {
     int rc;
     size_t len = 0;

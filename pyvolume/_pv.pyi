@@ -64,6 +64,7 @@ class Lib:
     PV_ECOOKIE: Final[int]
     PV_ECORRUPT: Final[int]
     PV_ECRC: Final[int]
+    PV_EC_CHUNK: Final[int]
     PV_EC_MAX_SHARDS: Final[int]
     PV_EDELETED: Final[int]
     PV_EEOF: Final[int]
@@ -211,16 +212,43 @@ class Lib:
     def pv_dat_walk(self, a0: int, a1: int, a2: CData, a3: int, a4: int, a5: int, a6: CData, /) -> int: ...
     def pv_delete_answer(self, a0: CData | bytes, a1: CData, a2: int, a3: CData | bytes, a4: int, /) -> int: ...
     def pv_delete_parse(self, a0: CData | bytes, a1: int, a2: int, a3: CData, a4: int, /) -> int: ...
+    def pv_ec_decode(
+        self, a0: CData, a1: CData, a2: CData, a3: int, a4: int, a5: CData | bytes, a6: int, a7: CData, /
+    ) -> int: ...
     def pv_ec_encode(
-        self, a0: int, a1: int, a2: CData, a3: int, a4: int, a5: CData, a6: CData, a7: CData, /
+        self,
+        a0: CData,
+        a1: int,
+        a2: CData,
+        a3: int,
+        a4: int,
+        a5: CData,
+        a6: CData,
+        a7: CData | bytes,
+        a8: int,
+        a9: CData,
+        /,
     ) -> int: ...
     def pv_ec_matrix(self, a0: int, a1: int, a2: CData | bytes, a3: CData, /) -> int: ...
     def pv_ec_rebuild(
-        self, a0: int, a1: int, a2: CData, a3: CData, a4: int, a5: int, a6: CData, a7: CData, /
+        self,
+        a0: int,
+        a1: int,
+        a2: CData,
+        a3: CData,
+        a4: int,
+        a5: int,
+        a6: CData,
+        a7: CData | bytes,
+        a8: int,
+        a9: CData,
+        /,
     ) -> int: ...
     def pv_ec_recover(
         self, a0: int, a1: int, a2: CData | bytes, a3: CData, a4: int, a5: int, a6: CData | bytes, a7: CData, /
     ) -> int: ...
+    def pv_ec_reserve(self, a0: int, a1: int, a2: CData, /) -> int: ...
+    def pv_ec_sum(self, a0: CData, a1: int, a2: int, a3: CData, a4: CData | bytes, a5: int, a6: CData, /) -> int: ...
     def pv_ecx_find(self, a0: int, a1: int, a2: int, a3: int, a4: CData, a5: CData, a6: CData, /) -> int: ...
     def pv_ecx_from_idx(self, a0: int, a1: int, a2: int, a3: int, a4: CData, a5: CData, /) -> int: ...
     def pv_err_name(self, a0: int, /) -> CData: ...

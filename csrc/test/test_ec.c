@@ -24,6 +24,32 @@ static void close_shards(shards *s) {
     }
 }
 
+/* Working memory, and the descriptors of shards as the engine takes them. */
+static _Alignas(4096) uint8_t scratch[(size_t)MAX_TOTAL * PV_EC_CHUNK];
+
+typedef struct files {
+    pv_ec_file at[MAX_TOTAL];
+} files;
+
+static files plain(const int *fds) {
+    files f;
+    for (uint32_t i = 0; i < MAX_TOTAL; i++) {
+        f.at[i] = (pv_ec_file){fds[i], -1};
+    }
+    return f;
+}
+
+static int encode(int dat, uint64_t len, const pv_ec_layout *l, uint64_t from, uint64_t to, const int *out,
+                  uint32_t *crcs, pv_errinfo *err) {
+    const pv_ec_file file = {dat, -1};
+    return pv_ec_encode(&file, len, l, from, to, plain(out).at, crcs, scratch, sizeof scratch, err);
+}
+
+static int rebuild(uint32_t data, uint32_t parity, const int *in, const int *out, uint64_t to, uint32_t *crcs,
+                   pv_errinfo *err) {
+    return pv_ec_rebuild(data, parity, plain(in).at, plain(out).at, 0, to, crcs, scratch, sizeof scratch, err);
+}
+
 static void test_known_coefficients(void) {
     static const uint8_t ten_four[4][10] = {
         {0x81, 0x96, 0xaf, 0xb8, 0xd2, 0xc4, 0xfe, 0xe8, 0x03, 0x02},
@@ -66,7 +92,7 @@ static void encode_one(uint64_t *seed, uint32_t data, uint32_t parity) {
     for (uint64_t at = 0; at < s.bytes;) {
         uint64_t to = at + 1 + t_rand_below(seed, 70);
         to = to < s.bytes ? to : s.bytes;
-        CHECK_EQ(pv_ec_encode(fd, len, &layout, at, to, s.fd, s.crc, NULL), 0);
+        CHECK_EQ(encode(fd, len, &layout, at, to, s.fd, s.crc, NULL), 0);
         at = to;
     }
     uint64_t place = 0;
@@ -90,6 +116,15 @@ static void encode_one(uint64_t *seed, uint32_t data, uint32_t parity) {
         CHECK(pread(s.fd[i], whole[i], s.bytes, 0) == (ssize_t)s.bytes);
         CHECK_EQ(pv_crc32c(0, whole[i], s.bytes), s.crc[i]);
     }
+    int back = t_file();
+    const pv_ec_file target = {back, -1};
+    uint64_t half = t_rand_below(seed, len);
+    CHECK_EQ(pv_ec_decode(plain(s.fd).at, &layout, &target, half, len, scratch, sizeof scratch, NULL), 0);
+    CHECK_EQ(pv_ec_decode(plain(s.fd).at, &layout, &target, 0, half, scratch, sizeof scratch, NULL), 0);
+    uint8_t again_dat[sizeof dat];
+    CHECK(pread(back, again_dat, sizeof again_dat, 0) == (ssize_t)len);
+    CHECK_MEM(again_dat, dat, len);
+    close(back);
     /* loses as many as it may, makes them again, from disk and in memory */
     shards again;
     open_shards(&again, 0);
@@ -102,7 +137,7 @@ static void encode_one(uint64_t *seed, uint32_t data, uint32_t parity) {
             again.fd[victim] = t_file();
         }
     }
-    CHECK_EQ(pv_ec_rebuild(data, parity, in, again.fd, 0, s.bytes, again.crc, NULL), 0);
+    CHECK_EQ(rebuild(data, parity, in, again.fd, s.bytes, again.crc, NULL), 0);
     uint32_t have = 0;
     for (uint32_t i = 0; i < data + parity && have < data; i++) {
         if (in[i] >= 0) {
@@ -115,6 +150,10 @@ static void encode_one(uint64_t *seed, uint32_t data, uint32_t parity) {
             CHECK(pread(again.fd[i], shard, s.bytes, 0) == (ssize_t)s.bytes);
             CHECK_MEM(shard, whole[i], s.bytes);
             CHECK_EQ(again.crc[i], s.crc[i]);
+            uint32_t sum = 0;
+            const pv_ec_file file = {again.fd[i], -1};
+            CHECK_EQ(pv_ec_sum(&file, 0, s.bytes, &sum, scratch, sizeof scratch, NULL), 0);
+            CHECK_EQ(sum, s.crc[i]);
         }
         CHECK_EQ(pv_ec_recover(data, parity, ids, pieces, s.bytes, (uint8_t)i, shard, NULL), 0);
         CHECK_MEM(shard, whole[i], s.bytes);
@@ -145,19 +184,71 @@ static void test_failures_name_what_is_wrong(void) {
     memcpy(in, s.fd, sizeof in);
     in[1] = in[2] = -1;
     none[1] = s.fd[1];
-    CHECK_EQ(pv_ec_rebuild(2, 1, in, none, 0, 10, NULL, &err), PV_ERANGE);
+    CHECK_EQ(rebuild(2, 1, in, none, 10, NULL, &err), PV_ERANGE);
     CHECK_EQ(err.a, 1);
     CHECK_EQ(err.b, 2);
     in[2] = s.fd[2];
     CHECK(pwrite(s.fd[0], "0123456789", 10, 0) == 10);
-    CHECK_EQ(pv_ec_rebuild(2, 1, in, none, 0, 10, NULL, &err), PV_EEOF);
+    CHECK_EQ(rebuild(2, 1, in, none, 10, NULL, &err), PV_EEOF);
     CHECK_EQ(err.d, 2);
     const pv_ec_layout layout = {2, 1, 32, 16, 0};
-    CHECK_EQ(pv_ec_encode(s.fd[0], 11, &layout, 0, 16, none, NULL, &err), PV_EEOF);
-    CHECK_EQ(pv_ec_encode(s.fd[0], 10, &layout, 16, 0, none, NULL, &err), PV_EINVAL);
+    CHECK_EQ(encode(s.fd[0], 11, &layout, 0, 16, none, NULL, &err), PV_EEOF);
+    CHECK_EQ(encode(s.fd[0], 10, &layout, 16, 0, none, NULL, &err), PV_EINVAL);
+    const pv_ec_file file = {s.fd[0], -1};
+    uint32_t crc = 0;
+    CHECK_EQ(pv_ec_sum(&file, 0, 11, &crc, scratch, sizeof scratch, &err), PV_EEOF);
+    CHECK_EQ(pv_ec_sum(&file, 0, 10, &crc, scratch + 1, PV_EC_CHUNK, &err), PV_EINVAL);
+    CHECK_EQ(pv_ec_sum(&file, 0, 10, &crc, scratch, PV_EC_CHUNK - 1, &err), PV_EINVAL);
+    CHECK_EQ(pv_ec_decode(plain(s.fd).at, &layout, &file, 0, 17, scratch, sizeof scratch, &err), PV_EEOF);
     const pv_ec_layout no_blocks = {2, 1, 32, 0, 0};
-    CHECK_EQ(pv_ec_encode(s.fd[0], 10, &no_blocks, 0, 16, none, NULL, &err), PV_EINVAL);
+    CHECK_EQ(encode(s.fd[0], 10, &no_blocks, 0, 16, none, NULL, &err), PV_EINVAL);
     close_shards(&s);
+}
+
+/* By O_DIRECT, where the file system has it: the same bytes, ends that are no page included. */
+static void test_direct_files(void) {
+    char path[64] = "test-ec-direct-XXXXXX";
+    int fd = mkstemp(path);
+    CHECK(fd >= 0);
+    int direct = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+    CHECK_EQ(unlink(path), 0);
+    enum { LEN = 3 * PV_EC_CHUNK + 1234 };
+    uint64_t seed = 3;
+    uint8_t *bytes = malloc(LEN);
+    CHECK(bytes != NULL);
+    for (size_t i = 0; i < LEN; i++) {
+        bytes[i] = (uint8_t)t_rand(&seed);
+    }
+    CHECK(pwrite(fd, bytes, LEN, 0) == LEN);
+    CHECK_EQ(fsync(fd), 0);
+    CHECK_EQ(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+    uint32_t crc = 0;
+    const pv_ec_file file = {fd, direct};
+    CHECK_EQ(pv_ec_sum(&file, 0, LEN, &crc, scratch, sizeof scratch, NULL), 0);
+    CHECK_EQ(crc, pv_crc32c(0, bytes, LEN));
+    CHECK_EQ(pv_ec_sum(&file, 0, LEN + 1, &crc, scratch, sizeof scratch, NULL), PV_EEOF);
+    const pv_ec_layout one = {1, 1, PV_EC_CHUNK, PV_EC_CHUNK, 0};
+    strcpy(path, "test-ec-direct-XXXXXX");
+    int copy = mkstemp(path);
+    CHECK(copy >= 0);
+    const pv_ec_file target = {copy, open(path, O_RDWR | O_DIRECT | O_CLOEXEC)};
+    CHECK_EQ(unlink(path), 0);
+    CHECK_EQ(pv_ec_reserve(copy, LEN, NULL), 0);
+    CHECK_EQ(pv_ec_decode(&file, &one, &target, 0, LEN, scratch, sizeof scratch, NULL), 0);
+    uint8_t *again = malloc(LEN + 1);
+    CHECK(again != NULL);
+    CHECK(pread(copy, again, LEN + 1, 0) == LEN);
+    CHECK_MEM(again, bytes, LEN);
+    free(bytes);
+    free(again);
+    close(fd);
+    close(copy);
+    if (direct >= 0) {
+        close(direct);
+    }
+    if (target.direct_fd >= 0) {
+        close(target.direct_fd);
+    }
 }
 
 static void test_sorted_index(void) {
@@ -207,6 +298,7 @@ int main(void) {
     RUN(test_known_coefficients);
     RUN(test_against_model);
     RUN(test_failures_name_what_is_wrong);
+    RUN(test_direct_files);
     RUN(test_sorted_index);
     return T_END();
 }

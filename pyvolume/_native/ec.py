@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -14,13 +15,21 @@ from pyvolume import _pv
 from pyvolume._native import engine
 
 MAX_SHARDS: Final = 32
+CHUNK_BYTES: Final = 512 << 10
+"""PV_EC_CHUNK: working memory for each file that is read or written."""
+
+File = tuple[int, int]
+"""Descriptor, and one by O_DIRECT or -1."""
+NO_FILE: Final[File] = (-1, -1)
+CutLayout = tuple[int, int, int, int, int]
+"""Data shards, parity shards, bytes of a large block, of a small one, rows of large blocks."""
 
 _ffi: Final = _pv.ffi
 _lib: Final = _pv.lib
 _new = _ffi.new
 _T_ERR: Final = _ffi.typeof("pv_errinfo *")
 _T_LAYOUT: Final = _ffi.typeof("pv_ec_layout *")
-_T_FDS: Final = _ffi.typeof("int[]")
+_T_FILES: Final = _ffi.typeof("pv_ec_file[]")
 _T_CRCS: Final = _ffi.typeof("uint32_t[]")
 _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 _T_PIECES: Final = _ffi.typeof("uint8_t *[]")
@@ -38,37 +47,76 @@ def matrix(data: int, parity: int) -> list[bytes]:
     return [flat[row * data : (row + 1) * data] for row in range(data + parity)]
 
 
+def scratch(files: int) -> mmap.mmap:
+    """Working memory for so many files; for one thread at a time."""
+    return mmap.mmap(-1, files * CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def reserve(fd: int, length: int) -> None:
+    """Makes a file so long and reserves its room. Raises NativeError."""
+    err = _new(_T_ERR)
+    _check(_lib.pv_ec_reserve(fd, length, err), err)
+
+
 def encode(
-    dat_fd: int,
+    dat: File,
     dat_bytes: int,
-    data: int,
-    parity: int,
-    *,
-    large_block: int,
-    small_block: int,
-    large_rows: int,
+    layout: CutLayout,
     start: int,
     end: int,
-    out_fds: Sequence[int],
-) -> list[int]:
-    """Makes bytes [start, end) of all shards and writes them; the CRC-32C of each stretch. Raises NativeError."""
-    layout = _new(_T_LAYOUT, [data, parity, large_block, small_block, large_rows])
-    crcs, err = _new(_T_CRCS, data + parity), _new(_T_ERR)
-    fds = _new(_T_FDS, list(out_fds))
-    _check(_lib.pv_ec_encode(dat_fd, dat_bytes, layout, start, end, fds, crcs, err), err)
-    return list(crcs)
+    out: Sequence[File],
+    sums: list[int],
+    memory: mmap.mmap,
+) -> None:
+    """Makes bytes [start, end) of all shards and writes them; their checksums go on in sums. Raises NativeError."""
+    cut, err = _new(_T_LAYOUT, list(layout)), _new(_T_ERR)
+    crcs = _new(_T_CRCS, sums)
+    view = _ffi.from_buffer("char[]", memory)
+    source = _new(_T_FILES, [dat])
+    code = _lib.pv_ec_encode(
+        source, dat_bytes, cut, start, end, _new(_T_FILES, list(out)), crcs, view, len(memory), err
+    )
+    _check(code, err)
+    sums[:] = list(crcs)
 
 
 def rebuild(
-    data: int, parity: int, in_fds: Mapping[int, int], out_fds: Mapping[int, int], start: int, end: int
-) -> dict[int, int]:
-    """Makes bytes [start, end) of the shards of out_fds of those of in_fds; their CRCs. Raises NativeError."""
+    data: int,
+    parity: int,
+    sources: Mapping[int, File],
+    targets: Mapping[int, File],
+    start: int,
+    end: int,
+    sums: list[int],
+    memory: mmap.mmap,
+) -> None:
+    """Makes bytes [start, end) of the targets of the first `data` sources; the checksums of all these go on in sums.
+
+    Raises NativeError, whose info.d is the shard that cannot be read.
+    """
     total = data + parity
-    sources = _new(_T_FDS, [in_fds.get(shard, -1) for shard in range(total)])
-    targets = _new(_T_FDS, [out_fds.get(shard, -1) for shard in range(total)])
-    crcs, err = _new(_T_CRCS, total), _new(_T_ERR)
-    _check(_lib.pv_ec_rebuild(data, parity, sources, targets, start, end, crcs, err), err)
-    return {shard: int(crcs[shard]) for shard in out_fds}
+    crcs, err = _new(_T_CRCS, sums), _new(_T_ERR)
+    ins = _new(_T_FILES, [sources.get(shard, NO_FILE) for shard in range(total)])
+    outs = _new(_T_FILES, [targets.get(shard, NO_FILE) for shard in range(total)])
+    view = _ffi.from_buffer("char[]", memory)
+    _check(_lib.pv_ec_rebuild(data, parity, ins, outs, start, end, crcs, view, len(memory), err), err)
+    sums[:] = list(crcs)
+
+
+def decode(shards: Sequence[File], layout: CutLayout, out: File, start: int, end: int, memory: mmap.mmap) -> None:
+    """Writes bytes [start, end) of a .dat from its data shards. Raises NativeError."""
+    cut, err = _new(_T_LAYOUT, list(layout)), _new(_T_ERR)
+    view = _ffi.from_buffer("char[]", memory)
+    ins, outs = _new(_T_FILES, list(shards)), _new(_T_FILES, [out])
+    _check(_lib.pv_ec_decode(ins, cut, outs, start, end, view, len(memory), err), err)
+
+
+def checksum(file: File, start: int, end: int, crc: int, memory: mmap.mmap) -> int:
+    """Goes on with a CRC-32C over bytes [start, end). Raises NativeError."""
+    crcs, err = _new(_T_CRCS, [crc]), _new(_T_ERR)
+    view = _ffi.from_buffer("char[]", memory)
+    _check(_lib.pv_ec_sum(_new(_T_FILES, [file]), start, end, crcs, view, len(memory), err), err)
+    return int(crcs[0])
 
 
 def recover(data: int, parity: int, pieces: Mapping[int, Buffer], wanted: int) -> bytearray:

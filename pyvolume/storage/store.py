@@ -732,7 +732,7 @@ class Store:
 
     # --------------------------------------------------------------------------------------------------- erasure coding
 
-    def generate_shards(self, vid: int, collection: str, go_on: Callable[[], None]) -> None:
+    def generate_shards(self, vid: int, collection: str, go_on: Callable[[], None], *, bytes_per_s: int = 0) -> None:
         """Makes the EC files of a mounted volume beside it, in the place of any there are. Takes long.
 
         Raises StorageError with upstream's texts, VolumeNotFound, and what go_on raises. Blocks on disk.
@@ -748,9 +748,9 @@ class Store:
                 self.ec.wipe_held(collection, vid)
             except StorageError as exc:
                 raise type(exc)(f"wipe stale EC artifacts for volume {vid} on {exc}") from exc
-            encode.generate(volume, ratio, go_on)
+            encode.generate(volume, ratio, go_on, compact.RateLimit(bytes_per_s))
 
-    def decode_shards(self, vid: int, collection: str, go_on: Callable[[], None]) -> None:
+    def decode_shards(self, vid: int, collection: str, go_on: Callable[[], None], *, bytes_per_s: int = 0) -> None:
         """Makes the files of a plain volume of local shards; mounts nothing. Takes long.
 
         Raises NoLiveEntries, StorageError with upstream's texts, and what go_on raises. Blocks on disk.
@@ -769,13 +769,15 @@ class Store:
                     raise StorageError(f"ec volume {vid} missing shard {number}")
                 paths.append(found[1].path)
             deletes = {key for copy_ in copies for key in set(copy_.deleted)}
-            encode.decode(volume, paths, deletes, go_on)
+            is_packed = encode.decode(volume, paths, deletes, go_on, compact.RateLimit(bytes_per_s))
             location = self.locations[volume.disk_id]
-            if location.find(vid) is None:
-                self._compact_decoded(location, collection, vid, go_on)
+            if location.find(vid) is None and not is_packed:
+                self._compact_decoded(location, collection, vid, go_on, bytes_per_s)
             self._move_decoded_index(location, volume_base_name(collection, vid))
 
-    def _compact_decoded(self, location: DiskLocation, collection: str, vid: int, go_on: Callable[[], None]) -> None:
+    def _compact_decoded(
+        self, location: DiskLocation, collection: str, vid: int, go_on: Callable[[], None], bytes_per_s: int
+    ) -> None:
         """Drops what is deleted from a volume that was just made of shards; a failure is only logged."""
 
         def step(_offset: int) -> bool:
@@ -793,7 +795,7 @@ class Store:
                 options=location.options,
             )
             try:
-                compact.compact(made, go_on=step)
+                compact.compact(made, bytes_per_s=bytes_per_s, go_on=step)
                 compact.commit(made)
             finally:
                 made.close()

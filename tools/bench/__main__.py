@@ -1,4 +1,5 @@
-"""`make bench`: throughput, latency and cost at 16 connections; start with ten million needles, vacuum, deletion.
+"""`make bench`: throughput, latency and cost at 16 connections; start with ten million needles, vacuum, deletion,
+erasure coding.
 
 Every figure of a table is measured in the same run, the servers in turns, one loaded at a time; what counts is the
 ratio. WEED_BIN and WEED_VOLUME_RUST add the reference servers. Results go to the terminal and to bench-results/.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench import pinned, storage, targets
+from tools.bench.ec import EcBench
 from tools.bench.targets import HOST, Target
 
 NEEDLES_FOR_READS = {1024: 2000, 4 << 20: 24}
@@ -230,8 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--needles", type=int, default=10_000_000)
+    parser.add_argument("--ec-mib", type=int, default=1024, help="size of the volume that is erasure coded")
     parser.add_argument("--wsgi", action="store_true", help="measure -fastLane=false too")
-    parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES], help="one table")
+    parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES, "ec"], help="one table")
     args = parser.parse_args(argv)
     targets.compile_package()
     bench = Bench(args)
@@ -244,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, table in storage.TABLES.items():
             if args.only in (None, name):
                 table(bench)
+        if args.only in (None, "ec"):
+            EcBench(bench).run()
     finally:
         bench.close()
     out = Path("bench-results")

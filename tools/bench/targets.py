@@ -100,6 +100,11 @@ class Target:
         now, peak = (int(status.split(key)[1].split()[0]) / 1024 for key in ("VmRSS:", "VmHWM:"))
         return now, peak
 
+    def forget_peak(self) -> None:
+        """The peak of resident memory counts from now on."""
+        assert self.child is not None
+        Path(f"/proc/{self.child.pid}/clear_refs").write_text("5")
+
 
 def build_load(base: Path) -> Path:
     """Compiles the load generator."""

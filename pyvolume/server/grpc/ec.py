@@ -31,7 +31,8 @@ PIECE_BYTES = 2 << 20
 
 def generate(call: Call, request: Any) -> Any:
     """Makes index, shards and checksums of a mounted volume beside it."""
-    call.server.store.generate_shards(request.volume_id, request.collection, call.check)
+    rate = call.server.config.compaction_bytes_per_s
+    call.server.store.generate_shards(request.volume_id, request.collection, call.check, bytes_per_s=rate)
     return pb.VolumeEcShardsGenerateResponse()
 
 
@@ -41,7 +42,11 @@ def rebuild(call: Call, request: Any) -> Any:
     members, events, started = call.server.store.ec, call.server.events, time.monotonic()
     try:
         made = members.rebuild(
-            request.collection, request.volume_id, unsafe=request.unsafe_ignore_sidecar, go_on=call.check
+            request.collection,
+            request.volume_id,
+            unsafe=request.unsafe_ignore_sidecar,
+            go_on=call.check,
+            bytes_per_s=call.server.config.compaction_bytes_per_s,
         )
     except StorageError:
         events.ec_rebuilt(False, time.monotonic() - started)
@@ -133,7 +138,8 @@ def to_volume(call: Call, request: Any) -> Any:
         _adopt_staged(call, request)
     else:
         try:
-            call.server.store.decode_shards(request.volume_id, request.collection, call.check)
+            rate = call.server.config.compaction_bytes_per_s
+            call.server.store.decode_shards(request.volume_id, request.collection, call.check, bytes_per_s=rate)
         except NoLiveEntries as exc:
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, str(exc)) from exc
     return pb.VolumeEcShardsToVolumeResponse()

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pyvolume._native import ec, engine
-from pyvolume.errors import StorageError, from_native, from_os_error
+from pyvolume.errors import NativeCode, StorageError, from_native, from_os_error
 from pyvolume.faults import fault
 from pyvolume.storage import files, vif
 from pyvolume.storage.ec import index, sidecar, stripes
-from pyvolume.storage.ec.layout import LARGE_BLOCK, MAX_SHARDS, SMALL_BLOCK, Layout, Ratio, layout_of, shard_bytes_of
+from pyvolume.storage.ec.layout import LARGE_BLOCK, MAX_SHARDS, SMALL_BLOCK, Ratio, layout_of, shard_bytes_of
+from pyvolume.storage.superblock import SUPER_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from pyvolume.storage.ec.volume import EcVolume
@@ -31,7 +33,6 @@ log = logging.getLogger(__name__)
 WORKING: Final = ".tmp"
 """Suffix of a file that is being made; leftovers are removed at load."""
 NO_LIVE_TEXT: Final = "has no live entries"
-_COPY_BYTES: Final = 8 << 20
 
 GoOn = Callable[[], None]
 
@@ -75,20 +76,7 @@ def remove_artifacts(base: str, idx_base: str) -> None:
         raise failure
 
 
-@contextlib.contextmanager
-def _opened(paths: Mapping[int, str], flags: int) -> Iterator[dict[int, int]]:
-    """Descriptors of several files. Raises DiskError."""
-    with contextlib.ExitStack() as stack:
-        fds = {}
-        for number, path in paths.items():
-            try:
-                fds[number] = stack.enter_context(files.opened(path, flags))
-            except OSError as exc:
-                raise from_os_error(exc, "open", path) from exc
-        yield fds
-
-
-def generate(volume: Volume, ratio: Ratio, go_on: GoOn) -> None:
+def generate(volume: Volume, ratio: Ratio, go_on: GoOn, limit: stripes.Limit | None = None) -> None:
     """Makes all EC files of a mounted volume beside it; what was there of an earlier encode must be gone.
 
     The volume stays as it is and may take writes, which are not among the shards. A failure leaves nothing. Raises
@@ -107,7 +95,7 @@ def generate(volume: Volume, ratio: Ratio, go_on: GoOn) -> None:
         except StorageError as exc:
             raise type(exc)(f"WriteSortedFileFromIdx {idx_base}: {exc}") from exc
         try:
-            dat_bytes = _write_shards(volume, ratio, working, go_on)
+            dat_bytes = _write_shards(volume, ratio, working, go_on, limit)
         except StorageError as exc:
             raise type(exc)(f"WriteEcFiles {base}: {exc}") from exc
         _publish(volume, ratio, working, shard_paths, dat_bytes)
@@ -141,46 +129,37 @@ def _write_index(volume: Volume, path: str) -> None:
         raise from_native(exc.code, exc.info, path=path, operation="write") from exc
 
 
-def _write_shards(volume: Volume, ratio: Ratio, paths: dict[int, str], go_on: GoOn) -> int:
+def _write_shards(volume: Volume, ratio: Ratio, paths: dict[int, str], go_on: GoOn, limit: stripes.Limit | None) -> int:
     """Codes the .dat as it is now; its size. The checksums go to `<base>.ecsum`, whose failure is only logged."""
-    try:
-        dat_fd = os.open(volume.dat_path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise StorageError(f"failed to open dat file: {from_os_error(exc, 'open', volume.dat_path)}") from exc
-    try:
-        dat_bytes = os.fstat(dat_fd).st_size
-        shard_bytes = shard_bytes_of(dat_bytes, ratio.data)
-        large_rows = layout_of(ratio, dat_bytes, 0).large_rows if dat_bytes else 0
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(dat_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        with _opened(paths, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fds:
-            out_fds = [fds[shard] for shard in range(ratio.total)]
+    with contextlib.ExitStack() as stack:
+        try:
+            dat = stack.enter_context(stripes.opened({0: volume.dat_path}, os.O_RDONLY))[0]
+        except OSError as exc:
+            raise StorageError(f"failed to open dat file: {from_os_error(exc, 'open', volume.dat_path)}") from exc
+        try:
+            dat_bytes = os.fstat(dat[0]).st_size
+            shard_bytes = shard_bytes_of(dat_bytes, ratio.data)
+            large_rows = layout_of(ratio, dat_bytes, 0).large_rows if dat_bytes else 0
+            cut = (ratio.data, ratio.parity, LARGE_BLOCK, SMALL_BLOCK, large_rows)
+            opened = stack.enter_context(stripes.opened(paths, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+            out = [opened[shard] for shard in range(ratio.total)]
+            for fd, _ in out:
+                ec.reserve(fd, shard_bytes)
 
-            def work(start: int, end: int) -> list[int]:
+            def step(start: int, end: int, sums: list[int], memory: mmap.mmap) -> None:
                 fault("ec.encode")
-                return ec.encode(
-                    dat_fd,
-                    dat_bytes,
-                    ratio.data,
-                    ratio.parity,
-                    large_block=LARGE_BLOCK,
-                    small_block=SMALL_BLOCK,
-                    large_rows=large_rows,
-                    start=start,
-                    end=end,
-                    out_fds=out_fds,
-                )
+                ec.encode(dat, dat_bytes, cut, start, end, out, sums, memory)
 
-            sums = stripes.run(shard_bytes, work, go_on)
-            stripes.sync(out_fds, go_on)
-    except engine.NativeError as exc:
-        raise from_native(exc.code, exc.info, path=volume.dat_path, operation="write") from exc
-    except OSError as exc:
-        raise from_os_error(exc, "write", volume.base_path) from exc
-    finally:
-        os.close(dat_fd)
+            blocks = stripes.run(
+                shard_bytes, step, go_on, files=ratio.total, sums=ratio.total, limit=limit, weight=ratio.total
+            )
+            stripes.sync(out, go_on)
+        except engine.NativeError as exc:
+            raise from_native(exc.code, exc.info, path=volume.dat_path, operation="write") from exc
+        except OSError as exc:
+            raise from_os_error(exc, "write", volume.base_path) from exc
     try:
-        by_shard = [[block[shard] for block in sums] for shard in range(ratio.total)]
+        by_shard = [[block[shard] for block in blocks] for shard in range(ratio.total)]
         sidecar.save(volume.base_path + sidecar.EXTENSION, sidecar.make(ratio, shard_bytes, by_shard))
     except OSError as exc:
         log.warning("ec volume %d: its checksums are not written: %s", volume.vid, exc)
@@ -211,26 +190,36 @@ def _publish(volume: Volume, ratio: Ratio, working: dict[int, str], final: dict[
 # --------------------------------------------------------------------------------------------------------- and back
 
 
-def decode(volume: EcVolume, shard_paths: list[str], deletes: set[int], go_on: GoOn) -> None:
+def decode(
+    volume: EcVolume, shard_paths: list[str], deletes: set[int], go_on: GoOn, limit: stripes.Limit | None = None
+) -> bool:
     """Makes `.dat` and `.idx` beside the shards. `deletes`: what any disk of this server has in its journal.
 
-    Raises NoLiveEntries, StorageError with upstream's texts.
+    True if the result is what a vacuum would make of it: all records live, in the order of their keys, without gaps
+    and without a ttl. The super block then counts that vacuum. Raises NoLiveEntries, StorageError with upstream's
+    texts.
     """
     base = volume.base_path
     try:
         volume.fold(deletes - volume.deleted)
     except StorageError as exc:
         raise type(exc)(f"RebuildEcxFile {volume.ecx_path.removesuffix('.ecx')}: {exc}") from exc
-    version = _version_of(shard_paths[0])
-    extent, is_live = 8, False
+    block = _superblock_of(shard_paths[0])
+    version = block[0]
+    extent, is_live = SUPER_BLOCK_SIZE, False
+    is_packed = block[2:4] == b"\0\0" and block[6:] == b"\0\0"  # no ttl, no extra bytes
     for _, offset, size in volume.walk():
+        is_packed = is_packed and size > 0 and offset == extent
         if size >= 0:
             is_live = True
             extent = max(extent, offset + engine.needle_record_len(size, version))
     if not is_live:
         raise NoLiveEntries(f"ec volume {volume.vid} {NO_LIVE_TEXT}")
+    if is_packed:
+        revision = (int.from_bytes(block[4:6], "big") + 1) & 0xFFFF
+        block = block[:4] + revision.to_bytes(2, "big") + block[6:]
     try:
-        _write_dat(volume, shard_paths, extent, go_on)
+        _write_dat(volume, shard_paths, extent, block if is_packed else b"", go_on, limit)
     except StorageError as exc:
         raise type(exc)(f"WriteDatFile {base}: {exc}") from exc
     idx_base = volume.ecx_path.removesuffix(".ecx")
@@ -243,20 +232,23 @@ def decode(volume: EcVolume, shard_paths: list[str], deletes: set[int], go_on: G
     for place in dict.fromkeys((base, idx_base)):
         with contextlib.suppress(OSError):
             sidecar.remove_all(place)
+    return is_packed
 
 
-def _version_of(path: str) -> int:
+def _superblock_of(path: str) -> bytes:
     try:
         with files.opened(path) as fd:
-            block = os.pread(fd, 8, 0)
+            block = os.pread(fd, SUPER_BLOCK_SIZE, 0)
     except OSError as exc:
         raise StorageError(f"FindDatFileSize {path}: {from_os_error(exc, 'open', path)}") from exc
-    if len(block) < 8 or block[0] not in (1, 2, 3):
+    if len(block) < SUPER_BLOCK_SIZE or block[0] not in (1, 2, 3):
         raise StorageError(f"FindDatFileSize {path}: read ec volume {path} superblock: unsupported version")
-    return block[0]
+    return block
 
 
-def _write_dat(volume: EcVolume, shard_paths: list[str], extent: int, go_on: GoOn) -> None:
+def _write_dat(
+    volume: EcVolume, shard_paths: list[str], extent: int, block: bytes, go_on: GoOn, limit: stripes.Limit | None
+) -> None:
     data = volume.ratio.data
     shard_bytes = os.stat(shard_paths[0]).st_size
     encoded = volume.dat_file_size
@@ -270,52 +262,37 @@ def _write_dat(volume: EcVolume, shard_paths: list[str], extent: int, go_on: GoO
         encoded = data * shard_bytes
     if extent > encoded:
         raise StorageError(f"dat file size {extent} exceeds encoded dat file size {encoded}")
-    layout = Layout(data, encoded // (LARGE_BLOCK * data))
+    cut = (data, volume.ratio.parity, LARGE_BLOCK, SMALL_BLOCK, encoded // (LARGE_BLOCK * data))
     path = volume.base_path + ".dat"
-    with _opened(dict(enumerate(shard_paths)), os.O_RDONLY) as fds:
-        try:
-            with files.opened(path + WORKING, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as out:
-                at = 0
-                while at < extent:
-                    go_on()
-                    step = min(_COPY_BYTES, extent - at)
-                    for interval in layout.locate(at, step):
-                        _copy(
-                            fds[interval.shard], interval.offset, out, at, interval.length, shard_paths[interval.shard]
-                        )
-                        at += interval.length
-                fault("ec.write_dat")
-                os.fsync(out)
-                if os.fstat(out).st_size < extent:
-                    raise StorageError(f"decoded {path} is short of the {extent} its ec index references")
-            fault("ec.publish_dat")
-            os.rename(path + WORKING, path)
-            files.sync_dir(volume.directory)
-        except BaseException as exc:
-            with contextlib.suppress(OSError):
-                files.remove_if_exists(path + WORKING)
-            if isinstance(exc, OSError):
-                raise from_os_error(exc, "write", path) from exc
-            raise
+    try:
+        with (
+            stripes.opened(dict(enumerate(shard_paths)), os.O_RDONLY) as shards,
+            stripes.opened({0: path + WORKING}, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as target,
+        ):
+            sources, out = [shards[shard] for shard in range(data)], target[0]
+            ec.reserve(out[0], extent)
 
+            def step(start: int, end: int, _sums: list[int], memory: mmap.mmap) -> None:
+                fault("ec.decode")
+                ec.decode(sources, cut, out, start, end, memory)
 
-def _copy(source: int, start: int, target: int, at: int, length: int, path: str) -> None:
-    """Copies bytes between files, in the kernel where it can. Raises OSError, StorageError."""
-    in_kernel = True
-    while length > 0:
-        moved = 0
-        if in_kernel:
-            try:
-                moved = os.copy_file_range(source, target, length, start, at)
-            except OSError:
-                in_kernel = False
-                continue
-        else:
-            piece = os.pread(source, min(length, 1 << 20), start)
-            view = memoryview(piece)
-            while view:
-                view = view[os.pwrite(target, view, at + len(piece) - len(view)) :]
-            moved = len(piece)
-        if moved == 0:
-            raise StorageError(f"copy {path} at {start}: EOF")
-        start, at, length = start + moved, at + moved, length - moved
+            stripes.run(extent, step, go_on, files=1, sums=0, limit=limit)
+            if block:
+                os.pwrite(out[0], block, 0)
+            fault("ec.write_dat")
+            stripes.sync([out], go_on)
+            if os.fstat(out[0]).st_size < extent:
+                raise StorageError(f"decoded {path} is short of the {extent} its ec index references")
+        fault("ec.publish_dat")
+        os.rename(path + WORKING, path)
+        files.sync_dir(volume.directory)
+    except BaseException as exc:
+        with contextlib.suppress(OSError):
+            files.remove_if_exists(path + WORKING)
+        if isinstance(exc, engine.NativeError):
+            if exc.code == NativeCode.EEOF:
+                raise StorageError(f"copy {shard_paths[exc.info.d]} at {exc.info.a}: EOF") from exc
+            raise from_native(exc.code, exc.info, path=path, operation="write") from exc
+        if isinstance(exc, OSError):
+            raise from_os_error(exc, "write", path) from exc
+        raise

@@ -22,6 +22,7 @@ from pyvolume.errors import StorageError, from_os_error
 from pyvolume.faults import fault
 from pyvolume.lockwatch import WatchedLock
 from pyvolume.storage import ec_files, files, vif
+from pyvolume.storage.compact import RateLimit
 from pyvolume.storage.ec import encode, index, rebuild, sidecar
 from pyvolume.storage.ec.layout import DEFAULT_DATA, MAX_SHARDS
 from pyvolume.storage.ec.volume import EcShard, EcShardsInfo, EcVolume, FileMissing
@@ -366,7 +367,9 @@ class EcMembers:
 
     # ---------------------------------------------------------------------------------------------------------- rebuild
 
-    def rebuild(self, collection: str, vid: int, *, unsafe: bool, go_on: Callable[[], None]) -> list[int]:
+    def rebuild(
+        self, collection: str, vid: int, *, unsafe: bool, go_on: Callable[[], None], bytes_per_s: int = 0
+    ) -> list[int]:
         """Makes lost shards on the disk that has the index and most of them; their ids. Raises StorageError."""
         name = volume_base_name(collection, vid)
         with self._hold(vid):
@@ -389,7 +392,8 @@ class EcMembers:
             directories = [location.directory for location in others]
             base = f"{target.directory}/{name}"
             try:
-                made = rebuild.rebuild(base, directories, unsafe=unsafe, go_on=go_on)
+                limit = RateLimit(bytes_per_s)
+                made = rebuild.rebuild(base, directories, unsafe=unsafe, go_on=go_on, limit=limit)
             except StorageError as exc:
                 raise type(exc)(f"RebuildEcFiles {base}: {exc}") from exc
             ecx = ec_files.ecx_path(target.idx_directory, target.directory, name)

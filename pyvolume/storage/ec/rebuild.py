@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from typing import Final
@@ -34,77 +35,118 @@ def _list(numbers: list[int]) -> str:
 
 
 class _Shards:
-    """Which shards there are, and where what is made goes."""
+    """Which shards there are, which of them are damaged, and where what is made goes."""
 
     def __init__(self, base: str, ratio: Ratio, directories: list[str]) -> None:
         self.base = base
         self.ratio = ratio
-        self.good: dict[int, str] = {}
-        self.targets: dict[int, str] = {}
-        self.order: list[int] = []
+        self.present: dict[int, str] = {}
+        self.missing: dict[int, str] = {}
+        self.bad: set[int] = set()
         name = os.path.basename(base)
         for shard in range(ratio.total):
             extension = f".ec{shard:02d}"
             places = [base + extension, *(f"{directory}/{name}{extension}" for directory in directories)]
             path = next((place for place in places if files.exists(place)), None)
             if path is None:
-                self._lost(shard, base + extension)
+                self.missing[shard] = base + extension
             elif os.stat(path).st_size == 0:
                 log.warning("shard %d of %s is empty at %s: it is made again", shard, base, path)
-                self._lost(shard, path)
+                self.missing[shard] = path
             else:
-                self.good[shard] = path
+                self.present[shard] = path
 
-    def _lost(self, shard: int, path: str) -> None:
-        self.targets[shard] = path
-        self.order.append(shard)
+    @property
+    def usable(self) -> dict[int, str]:
+        return {shard: path for shard, path in self.present.items() if shard not in self.bad}
 
-    def condemn(self, shard: int) -> None:
-        self._lost(shard, self.good.pop(shard))
+    @property
+    def targets(self) -> dict[int, str]:
+        """What is to be made: missing ones, then damaged ones."""
+        return self.missing | {shard: self.present[shard] for shard in sorted(self.bad)}
+
+    def judge(self) -> None:
+        """Raises StorageError if so many are damaged that the checksums are doubtful, or the rest is not enough."""
+        present, bad, ratio = len(self.present), len(self.bad), self.ratio
+        if bad > ratio.parity:
+            raise StorageError(
+                f"bitrot sidecar suspect for {self.base}: {bad}/{present} present shards mismatch "
+                f"(> parity {ratio.parity}); refusing to rebuild (pass unsafeIgnoreSidecar to override)"
+            )
+        if bad and present - bad < ratio.data:
+            raise StorageError(
+                f"bitrot: only {present - bad} verified-good shards for {self.base}, need {ratio.data} data shards; "
+                "sidecar may be stale (pass unsafeIgnoreSidecar to override)"
+            )
+
+    def require_enough(self) -> None:
+        """Raises StorageError unless there are as many shards as a volume has of data."""
+        have = len(self.usable)
+        if have < self.ratio.data:
+            raise StorageError(
+                f"not enough shards to rebuild {self.base}: found {have} shards, need at least {self.ratio.data} "
+                f"(data shards), missing shards: {_list(list(self.targets))}"
+            )
 
 
-def rebuild(base: str, directories: list[str], *, unsafe: bool, go_on: GoOn) -> list[int]:
+class _BadShard(Exception):
+    """A shard cannot be read."""
+
+    def __init__(self, shard: int, cause: engine.NativeError) -> None:
+        super().__init__(shard)
+        self.shard = shard
+        self.cause = cause
+
+
+def rebuild(
+    base: str, directories: list[str], *, unsafe: bool, go_on: GoOn, limit: stripes.Limit | None = None
+) -> list[int]:
     """Makes what is missing or damaged; its ids, damaged ones last. directories: further places of shards.
 
-    Raises StorageError with upstream's texts, what go_on raises; then nothing has changed.
+    Shards are held against their checksums as they are read; if some fail, the work begins again without them. Raises
+    StorageError with upstream's texts, what go_on raises; then nothing has changed.
     """
     found = vif.load(base + ".vif")
     if found.status in ("unparsable", "unreadable"):
         raise StorageError(f"RebuildEcFiles {base}: cannot load .vif: {found.error}")
     shards = _Shards(base, ratio_of(found.info), directories)
-    sums = _verified(shards, directories, unsafe, go_on)
-    ratio = shards.ratio
-    if len(shards.good) < ratio.data:
-        raise StorageError(
-            f"not enough shards to rebuild {base}: found {len(shards.good)} shards, need at least {ratio.data} "
-            f"(data shards), missing shards: {_list(shards.order)}"
-        )
-    if not shards.targets:
-        return []
-    working = {shard: path + REBUILDING for shard, path in shards.targets.items()}
+    sums = _sums_for(shards, directories, unsafe)
+    made: dict[int, str] = {}
     try:
-        _make(shards, working, None if unsafe else sums, go_on)
-        fault("ec.rebuild_rename")
-        for shard, path in working.items():
-            os.rename(path, shards.targets[shard])
-        for directory in dict.fromkeys(os.path.dirname(path) for path in shards.targets.values()):
+        while True:
+            made = shards.targets if len(shards.usable) >= shards.ratio.data else {}
+            if sums is None and not made:
+                break
+            failed = _attempt(shards, made, sums, go_on, limit)
+            if not failed:
+                break
+            for shard in sorted(failed):
+                log.warning("shard %d of %s is damaged: it is made again", shard, base)
+            shards.bad |= failed
+            shards.judge()
+        shards.require_enough()
+        if made:
+            fault("ec.rebuild_rename")
+        for path in made.values():
+            os.rename(path + REBUILDING, path)
+        for directory in dict.fromkeys(os.path.dirname(path) for path in made.values()):
             files.sync_dir(directory)
     except BaseException as exc:
-        for path in working.values():
+        for path in shards.targets.values():
             with contextlib.suppress(OSError):
-                files.remove_if_exists(path)
+                files.remove_if_exists(path + REBUILDING)
         if isinstance(exc, OSError):
             raise StorageError(f"rebuildEcFiles: {from_os_error(exc, 'write', base)}") from exc
         raise
-    return shards.order
+    return list(made)
 
 
-def _verified(shards: _Shards, directories: list[str], unsafe: bool, go_on: GoOn) -> sidecar.Sidecar | None:
-    """Takes shards out that fail their checksums; the checksums, if there are any."""
-    base, ratio = shards.base, shards.ratio
+def _sums_for(shards: _Shards, directories: list[str], unsafe: bool) -> sidecar.Sidecar | None:
+    """The checksums, if there are any; shards of another length than they say are damaged. Raises StorageError."""
+    base = shards.base
     name = os.path.basename(base)
     path = sidecar.find(base, *(f"{directory}/{name}" for directory in directories))
-    state, sums, reason = sidecar.load(path, ratio)
+    state, sums, reason = sidecar.load(path, shards.ratio)
     if state == "invalid":
         log.warning("%s cannot be used: %s", path, reason)
         if not unsafe:
@@ -113,70 +155,108 @@ def _verified(shards: _Shards, directories: list[str], unsafe: bool, go_on: GoOn
                 "(pass unsafeIgnoreSidecar to override)"
             )
     if sums is None or unsafe:
-        return sums
-    bad = []
-    for shard, shard_path in shards.good.items():
+        return None
+    for shard, shard_path in shards.present.items():
         entry = sums.of(shard)
-        if entry is None:
-            continue
-        try:
-            with files.opened(shard_path) as fd:
-                if sidecar.bad_blocks(fd, entry, sums.block_bytes, go_on):
-                    bad.append(shard)
-        except OSError as exc:
-            log.warning("shard %d of %s cannot be read, it is made again: %s", shard, base, exc)
-            bad.append(shard)
-    present = len(shards.good)
-    if len(bad) > ratio.parity:
-        raise StorageError(
-            f"bitrot sidecar suspect for {base}: {len(bad)}/{present} present shards mismatch "
-            f"(> parity {ratio.parity}); refusing to rebuild (pass unsafeIgnoreSidecar to override)"
-        )
-    if bad and present - len(bad) < ratio.data:
-        raise StorageError(
-            f"bitrot: only {present - len(bad)} verified-good shards for {base}, need {ratio.data} data shards; "
-            "sidecar may be stale (pass unsafeIgnoreSidecar to override)"
-        )
-    for shard in bad:
-        log.warning("shard %d of %s fails its checksums: it is made again", shard, base)
-        shards.condemn(shard)
+        if entry is not None and os.stat(shard_path).st_size != entry.covered:
+            log.warning("shard %d of %s is not %d bytes long: it is made again", shard, base, entry.covered)
+            shards.bad.add(shard)
+    shards.judge()
     return sums
 
 
-def _make(shards: _Shards, working: dict[int, str], sums: sidecar.Sidecar | None, go_on: GoOn) -> None:
-    ratio = shards.ratio
-    inputs = dict(list(shards.good.items())[: ratio.data])
-    with contextlib.ExitStack() as stack:
-        in_fds = {shard: stack.enter_context(files.opened(path)) for shard, path in inputs.items()}
-        sizes = {shard: os.fstat(fd).st_size for shard, fd in in_fds.items()}
-        first = next(iter(sizes.values()))
-        for shard, size in sizes.items():
-            if size != first:
-                raise StorageError(
-                    f"rebuildEcFiles: ec rebuild: input shard {shard} size {size} != {first} (truncated input?)"
-                )
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        out_fds = {shard: stack.enter_context(files.opened(path, flags)) for shard, path in working.items()}
+def _attempt(
+    shards: _Shards,
+    targets: dict[int, str],
+    sums: sidecar.Sidecar | None,
+    go_on: GoOn,
+    limit: stripes.Limit | None,
+) -> set[int]:
+    """Reads all usable shards, or without checksums those needed; makes the targets under working names, flushed.
 
-        def work(start: int, end: int) -> dict[int, int]:
+    The shards that turned out to be damaged; what was made is then worth nothing.
+    """
+    ratio, usable = shards.ratio, shards.usable
+    inputs = dict(list(usable.items())[: ratio.data] if sums is None else usable)
+    working = {shard: path + REBUILDING for shard, path in targets.items()}
+    with (
+        stripes.opened(inputs, os.O_RDONLY) as sources,
+        stripes.opened(working, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as outs,
+    ):
+        coded = dict(list(sources.items())[: ratio.data]) if targets else {}
+        shard_bytes = _common_length(coded or sources)
+
+        def step(start: int, end: int, crcs: list[int], memory: mmap.mmap) -> None:
             fault("ec.rebuild")
-            return ec.rebuild(ratio.data, ratio.parity, in_fds, out_fds, start, end)
+            try:
+                if targets:
+                    ec.rebuild(ratio.data, ratio.parity, coded, outs, start, end, crcs, memory)
+            except engine.NativeError as exc:
+                if exc.info.d in coded:
+                    raise _BadShard(exc.info.d, exc) from exc
+                raise
+            for shard, file in sources.items():
+                if shard not in coded:
+                    try:
+                        crcs[shard] = ec.checksum(file, start, end, crcs[shard], memory)
+                    except engine.NativeError as exc:
+                        raise _BadShard(shard, exc) from exc
 
         try:
-            stripes.run(first, work, go_on)
+            for fd, _ in outs.values():
+                ec.reserve(fd, shard_bytes)
+            blocks = stripes.run(
+                shard_bytes,
+                step,
+                go_on,
+                files=ratio.total,
+                sums=ratio.total,
+                limit=limit,
+                weight=len(sources) + len(outs),
+                stretch_bytes=sidecar.BLOCK_BYTES if sums is None else sums.block_bytes,
+            )
+        except _BadShard as exc:
+            if sums is not None:
+                return {exc.shard}
+            code, info = exc.cause.code, exc.cause.info
+            raise from_native(code, info, path=usable[exc.shard], operation="read") from exc
         except engine.NativeError as exc:
             raise from_native(exc.code, exc.info, path=shards.base, operation="write") from exc
-        stripes.sync(list(out_fds.values()), go_on)
-        for shard, fd in out_fds.items():
-            entry = sums.of(shard) if sums is not None else None
-            if sums is None or entry is None:
-                continue
-            bad = sidecar.bad_blocks(fd, entry, sums.block_bytes, go_on)
-            if bad:
+        if sums is None:
+            stripes.sync(list(outs.values()), go_on)
+            return set()
+        failed = {shard for shard in sources if _differing(sums, shard, blocks)}
+        if failed:
+            return failed
+        for shard in outs:
+            if bad := _differing(sums, shard, blocks):
                 raise StorageError(
-                    f"bitrot: regenerated shard {shard} for {shards.base} does not match sidecar ({len(bad)} blocks "
+                    f"bitrot: regenerated shard {shard} for {shards.base} does not match sidecar ({bad} blocks "
                     "differ); sidecar likely stale — aborting (pass unsafeIgnoreSidecar to override)"
                 )
+        stripes.sync(list(outs.values()), go_on)
+        return set()
+
+
+def _common_length(sources: dict[int, ec.File]) -> int:
+    """Length of the shards that are coded from. Raises StorageError if they differ."""
+    sizes = {shard: os.fstat(fd).st_size for shard, (fd, _) in sources.items()}
+    first = next(iter(sizes.values()), 0)
+    for shard, size in sizes.items():
+        if size != first:
+            raise StorageError(
+                f"rebuildEcFiles: ec rebuild: input shard {shard} size {size} != {first} (truncated input?)"
+            )
+    return first
+
+
+def _differing(sums: sidecar.Sidecar, shard: int, blocks: list[list[int]]) -> int:
+    """How many blocks of a shard have another checksum than they should."""
+    entry = sums.of(shard)
+    if entry is None:
+        return 0
+    found = [block[shard] for block in blocks]
+    return sum(a != b for a, b in zip(found, entry.crcs, strict=False)) + abs(len(found) - len(entry.crcs))
 
 
 def backfill_sums(base: str, directories: list[str], go_on: GoOn) -> None:
@@ -185,30 +265,18 @@ def backfill_sums(base: str, directories: list[str], go_on: GoOn) -> None:
         return
     ratio = ratio_of(vif.load(base + ".vif").info)
     shards = _Shards(base, ratio, directories)
-    if len(shards.good) < ratio.total:
+    if len(shards.present) < ratio.total:
         return
-    entries = []
     try:
-        for shard, path in shards.good.items():
-            with files.opened(path) as fd:
-                entries.append(sidecar.ShardSums(shard, os.fstat(fd).st_size, _sums_of(fd, go_on)))
-        made = sidecar.make(ratio, 1, [[] for _ in range(ratio.total)])
-        made.shards = entries
-        sidecar.save(base + sidecar.EXTENSION, made)
-    except OSError as exc:
+        with stripes.opened(shards.present, os.O_RDONLY) as opened:
+            shard_bytes = _common_length(opened)
+
+            def step(start: int, end: int, crcs: list[int], memory: mmap.mmap) -> None:
+                for shard, file in opened.items():
+                    crcs[shard] = sidecar.checksum(file, start, end, crcs[shard], memory)
+
+            blocks = stripes.run(shard_bytes, step, go_on, files=1, sums=ratio.total)
+        by_shard = [[block[shard] for block in blocks] for shard in range(ratio.total)]
+        sidecar.save(base + sidecar.EXTENSION, sidecar.make(ratio, shard_bytes, by_shard))
+    except (OSError, StorageError) as exc:
         log.warning("checksums of %s are not written: %s", base, exc)
-
-
-def _sums_of(fd: int, go_on: GoOn) -> list[int]:
-    sums: list[int] = []
-    at, end = 0, os.fstat(fd).st_size
-    while at < end:
-        go_on()
-        crc, stop = 0, min(at + sidecar.BLOCK_BYTES, end)
-        while at < stop and (piece := os.pread(fd, min(1 << 20, stop - at), at)):
-            crc = engine.crc32c(piece, crc)
-            at += len(piece)
-        if at < stop:
-            break
-        sums.append(crc)
-    return sums

@@ -8,7 +8,9 @@ leaves only. `load` and `save` block on disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
+import mmap
 import os
 import struct
 import uuid
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from pyvolume._native import engine
+from pyvolume._native import ec, engine
 from pyvolume.faults import fault
 from pyvolume.storage import files
 from pyvolume.storage.ec.layout import Ratio
@@ -25,6 +27,7 @@ EXTENSION: Final = ".ecsum"
 BLOCK_BYTES: Final = 16 << 20
 MAX_BLOCK_BYTES: Final = 64 << 20
 MAX_FILE_BYTES: Final = 64 << 20
+_SUM_BYTES: Final = 4 << 20
 _MAGIC: Final = b"ECSU"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct(">4sHII")
@@ -263,21 +266,34 @@ def remove_all(base: str) -> None:
             os.unlink(path)
 
 
-def bad_blocks(fd: int, entry: ShardSums, block_bytes: int, go_on: Callable[[], None] = lambda: None) -> list[int]:
-    """Numbers of the blocks of an open shard whose checksum differs; all of them if its length does. Raises OSError."""
-    if os.fstat(fd).st_size != entry.covered:
+def bad_blocks(
+    file: ec.File, entry: ShardSums, block_bytes: int, go_on: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Numbers of the blocks of an open shard whose checksum differs; all of them if its length does.
+
+    Raises OSError. Does not fill the page cache.
+    """
+    if os.fstat(file[0]).st_size != entry.covered:
         return list(range(len(entry.crcs)))
+    memory = ec.scratch(1)
     bad = []
     for number, wanted in enumerate(entry.crcs):
-        go_on()
         at, end = number * block_bytes, min((number + 1) * block_bytes, entry.covered)
         crc = 0
         while at < end:
-            piece = os.pread(fd, min(1 << 20, end - at), at)
-            if not piece:
-                break
-            crc = engine.crc32c(piece, crc)
-            at += len(piece)
-        if at < end or crc != wanted:
+            go_on()
+            stop = min(at + _SUM_BYTES, end)
+            crc = checksum(file, at, stop, crc, memory)
+            at = stop
+        if crc != wanted:
             bad.append(number)
     return bad
+
+
+def checksum(file: ec.File, start: int, end: int, crc: int, memory: mmap.mmap) -> int:
+    """Goes on with the CRC-32C of an open shard. Raises OSError; EIO where the file ends too early."""
+    try:
+        return ec.checksum(file, start, end, crc, memory)
+    except engine.NativeError as exc:
+        number = exc.info.sys_errno or errno.EIO
+        raise OSError(number, os.strerror(number)) from exc
