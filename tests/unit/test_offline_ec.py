@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from offline_util import answer, command, contents
-from storage_util import GOLDEN, rows_in, write_index
+from storage_util import COOKIE, GOLDEN, config_of, put, rows_in, write_index
 
 from pyvolume._native import engine
+from pyvolume.storage.store import Store
+from pyvolume.types import ReplicaPlacement
 
 SHARDS = 14
 
@@ -293,3 +295,42 @@ def test_needles_of_a_damaged_shard_stay_in_the_index(volume: Path, capsys: pyte
     (finding,) = found(said)
     assert (said["exit_code"], finding["key"], finding["offset"]) == (1, key, offset)
     assert (volume / "51.ecx").read_bytes() == wanted
+
+
+def test_records_across_shards_with_a_damaged_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The walk goes on behind a header that only the other shards tell."""
+    directory = tmp_path / "d"
+    directory.mkdir()
+    store = Store(config_of(directory, max_volumes=8))
+    store.load()
+    plain = store.allocate_volume(3, "c", ReplicaPlacement.parse("000"))
+    for key in range(1, 8):
+        put(plain, key, bytes([key]) * (700_000 * key % 1_900_000 + 1))
+    plain.delete_needle(4, COOKIE)
+    plain.sync()
+    assert command(capsys, "export", "-o", tmp_path / "a", _copy(directory, tmp_path / "copy"))[0] == 0
+    store.generate_shards(3, "c", lambda: None)
+    store.delete_volume(3)
+    store.close()
+    for suffix in (".dat", ".idx"):
+        (directory / f"c_3{suffix}").unlink(missing_ok=True)
+    ecx = directory / "c_3.ecx"
+    wanted = ecx.read_bytes()
+    offset = rows_in(ecx)[4][1]
+    shard, within = divmod(offset, 1 << 20)
+    overwrite(directory / f"c_3.ec{shard % 10:02d}", (shard // 10 << 20) + within, b"\xff" * 16)
+    ecx.unlink()
+    assert answer(capsys, "fix", directory)["exit_code"] == 0
+    assert ecx.read_bytes() == wanted
+    said = answer(capsys, "check", directory)
+    assert said["volumes"][0]["damaged_shards"] == [shard % 10] and not said["volumes"][0]["unreadable"]
+    (directory / "c_3.ec02").unlink()
+    assert command(capsys, "export", "-o", tmp_path / "b", directory)[0] == 0
+    assert exported(tmp_path / "a") == exported(tmp_path / "b") and len(exported(tmp_path / "b")) == 6
+
+
+def _copy(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for suffix in (".dat", ".idx"):
+        shutil.copy(source / f"c_3{suffix}", target)
+    return target
