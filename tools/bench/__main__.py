@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench import pinned, storage, targets
+from tools.bench import moving, pinned, storage, targets
 from tools.bench.ec import EcBench
 from tools.bench.targets import HOST, Target
 
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--needles", type=int, default=10_000_000)
     parser.add_argument("--ec-mib", type=int, default=1024, help="size of the volume that is erasure coded")
     parser.add_argument("--wsgi", action="store_true", help="measure -fastLane=false too")
-    parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES, "ec"], help="one table")
+    parser.add_argument("--only", choices=["requests", "pinned", *storage.TABLES, "ec", "copy"], help="one table")
     args = parser.parse_args(argv)
     targets.compile_package()
     bench = Bench(args)
@@ -249,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
                 table(bench)
         if args.only in (None, "ec"):
             EcBench(bench).run()
+        if args.only in (None, "copy"):
+            moving.copying(bench)
     finally:
         bench.close()
     out = Path("bench-results")
