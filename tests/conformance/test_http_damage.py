@@ -11,6 +11,7 @@ from http_bench import Bench, serving
 
 from pyvolume.errors import disk_error
 from pyvolume.storage.volume import Volume
+from tools.compat.bed import wait_for
 
 OCTETS = ("Content-Type", "application/octet-stream")
 SMALL = b"small needle " * 20
@@ -63,7 +64,7 @@ def test_a_damaged_large_needle_is_delivered_and_counted(tmp_path: Path) -> None
         bench.ops.events.handler = seen.append  # type: ignore[method-assign]
         reply = bench.ask("GET", f"/{fid}")
         assert (reply.status, reply.body) == (200, b"X" + LARGE[1:])
-        assert seen == ["errorCRC"]
+        assert wait_for(lambda: seen == ["errorCRC"], 20)  # counted when the last byte is out
 
 
 def test_an_unreadable_large_needle_is_500_with_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
