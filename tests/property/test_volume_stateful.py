@@ -87,7 +87,13 @@ class VolumeMachine(RuleBasedStateMachine):
             last.setdefault(key, size)
         stat = self.volume.stat()
         found = stat.file_count, stat.deleted_count, stat.deleted_bytes, stat.file_bytes, stat.max_key
-        assert found == (files, deleted, deleted_bytes, content, max(last, default=0))
+        exact = files, deleted, deleted_bytes, content, max(last, default=0)
+        if self.kind != "sorted":
+            assert found == exact
+            return
+        # A sorted map estimates what is deleted by a filter, as upstream does: it may take a new key for a known one.
+        assert (found[0], found[3], found[4]) == (exact[0], exact[3], exact[4])
+        assert deleted <= found[1] <= files and deleted_bytes <= found[2] <= content
 
     def read(self, key: int) -> bytes | None:
         try:
