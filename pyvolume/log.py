@@ -517,6 +517,7 @@ def all_stacks() -> str:
     places: dict[str, list[str]] = {}
     for ident, frame in sys._current_frames().items():
         places.setdefault("".join(traceback.format_stack(frame)), []).append(str(names.get(ident, ident)))
+        del frame  # one is this very function's: a variable that holds it would be a cycle
     parts = []
     for stack, there in places.items():
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""

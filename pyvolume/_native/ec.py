@@ -13,6 +13,7 @@ from typing import Final
 
 from pyvolume import _pv
 from pyvolume._native import engine
+from pyvolume._native.borrow import Buffer, borrow
 
 MAX_SHARDS: Final = 32
 CHUNK_BYTES: Final = 512 << 10
@@ -35,8 +36,6 @@ _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 _T_PIECES: Final = _ffi.typeof("uint8_t *[]")
 _T_ROW: Final = _ffi.typeof("pv_idx_row *")
 _T_U64: Final = _ffi.typeof("uint64_t *")
-
-Buffer = bytes | bytearray | memoryview
 
 
 def matrix(data: int, parity: int) -> list[bytes]:
@@ -126,7 +125,7 @@ def recover(data: int, parity: int, pieces: Mapping[int, Buffer], wanted: int) -
         raise ValueError(f"{data} pieces of one length are needed")
     length = len(pieces[present[0]])
     out = bytearray(length)
-    views = [_ffi.from_buffer("uint8_t[]", pieces[shard]) for shard in present]
+    views = [borrow(pieces[shard])[0] for shard in present]
     err = _new(_T_ERR)
     code = _lib.pv_ec_recover(
         data,
@@ -135,7 +134,7 @@ def recover(data: int, parity: int, pieces: Mapping[int, Buffer], wanted: int) -
         _new(_T_PIECES, views),
         length,
         wanted,
-        _ffi.from_buffer("uint8_t[]", out, True),
+        borrow(out, writable=True)[0],
         err,
     )
     _check(code, err)

@@ -22,11 +22,11 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from pyvolume import _pv
+from pyvolume._native.borrow import Buffer, borrow
 
 _ffi: Final = _pv.ffi
 _lib: Final = _pv.lib
 
-Buffer = bytes | bytearray | memoryview
 
 FLAG_COMPRESSED: Final = 0x01
 FLAG_NAME: Final = 0x02
@@ -54,7 +54,6 @@ _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 _new_uninitialised: Final = _ffi.new_allocator(should_clear_after_alloc=False)
 
 _new = _ffi.new
-_from_buffer = _ffi.from_buffer
 _buffer = _ffi.buffer
 _gc = _ffi.gc
 _NULL: Final = _ffi.NULL
@@ -131,8 +130,7 @@ def _bare_error(code: int, a: int = 0) -> NativeError:
 
 def crc32c(data: Buffer, prev: int = 0) -> int:
     """CRC-32C of data, continued from `prev`."""
-    view = _from_buffer(_T_BYTES, data)
-    return int(_lib.pv_crc32c(prev, view, len(view)))
+    return int(_lib.pv_crc32c(prev, *borrow(data)))
 
 
 def crc_legacy(crc: int) -> int:
@@ -207,13 +205,13 @@ def parse_needle(
 
     Raises NativeError: PV_ESIZE, PV_ECORRUPT, PV_ECRC, PV_EVERSION, PV_EEOF (buf too short).
     """
-    src = _from_buffer(_T_BYTES, buf)
+    src, length = borrow(buf)
     n, err = _new(_T_NEEDLE), _new(_T_ERR)
     flags = 0 if check_crc else _lib.PV_PARSE_NO_CRC
     if expected_size is None:
         expected_size = 0
         flags |= _lib.PV_PARSE_ANY_SIZE
-    code = _lib.pv_needle_parse(src, len(src), version, expected_size, offset, flags, n, err)
+    code = _lib.pv_needle_parse(src, length, version, expected_size, offset, flags, n, err)
     if code < 0:
         raise _error(code, err)
     begin = int(n.data - src) if n.data else 0
@@ -243,13 +241,13 @@ def parse_needle_meta(head: Buffer, tail: Buffer, version: int, offset: int = 0)
 
     `checksum` is the stored word. Raises NativeError: PV_ECORRUPT, PV_EVERSION, PV_EEOF; ValueError for a short head.
     """
-    first, rest = _from_buffer(_T_BYTES, head), _from_buffer(_T_BYTES, tail)
-    if len(first) < NEEDLE_HEAD_BYTES:
-        raise ValueError(f"the head of a record has {NEEDLE_HEAD_BYTES} bytes, not {len(first)}")
+    if len(head) < NEEDLE_HEAD_BYTES:
+        raise ValueError(f"the head of a record has {NEEDLE_HEAD_BYTES} bytes, not {len(head)}")
+    rest, rest_len = borrow(tail)
     n, err = _new(_T_NEEDLE), _new(_T_ERR)
     cookie, key, size, data_size = _HEAD.unpack_from(head)
     n.cookie, n.id, n.size, n.data_size = cookie, key, size, data_size
-    code = _lib.pv_needle_parse_tail(rest, len(rest), version, n, err)
+    code = _lib.pv_needle_parse_tail(rest, rest_len, version, n, err)
     if code < 0:
         raise _error(code, err)
     return Needle(
@@ -293,17 +291,18 @@ def _fill_needle(
     n.ttl_count, n.ttl_unit = ttl
     keep = name_c = mime_c = pairs_c = None
     if data:
-        n.data = keep = _from_buffer(_T_BYTES, data)
-        n.data_size = len(keep)
+        keep, n.data_size = borrow(data)
+        n.data = keep
     if name:
-        n.name = name_c = _from_buffer(_T_BYTES, name)
-        n.name_size = min(len(name_c), _NAME_MAX)
+        name_c, length = borrow(name)
+        n.name = name_c
+        n.name_size = min(length, _NAME_MAX)
     if mime:
-        n.mime = mime_c = _from_buffer(_T_BYTES, mime)
-        n.mime_size = len(mime_c)
+        mime_c, n.mime_size = borrow(mime)
+        n.mime = mime_c
     if pairs:
-        n.pairs = pairs_c = _from_buffer(_T_BYTES, pairs)
-        n.pairs_size = len(pairs_c)
+        pairs_c, n.pairs_size = borrow(pairs)
+        n.pairs = pairs_c
     return keep, name_c, mime_c, pairs_c
 
 
@@ -358,9 +357,9 @@ def _super_block(sb: Any) -> SuperBlockFields:
 
 def superblock_parse(block: Buffer) -> SuperBlockFields:
     """Takes eight bytes apart; any values pass. ValueError if there are fewer."""
-    src = _from_buffer(_T_BYTES, block)
-    if len(src) < SUPER_BLOCK_BYTES:
-        raise ValueError(f"a super block has {SUPER_BLOCK_BYTES} bytes, not {len(src)}")
+    src, length = borrow(block)
+    if length < SUPER_BLOCK_BYTES:
+        raise ValueError(f"a super block has {SUPER_BLOCK_BYTES} bytes, not {length}")
     sb = _new("pv_superblock *")
     _lib.pv_superblock_parse(src, sb)
     return _super_block(sb)
@@ -644,7 +643,7 @@ class DeleteBatch:
         """The results of items that `Volume.delete_many` has dealt with, as a BatchDeleteResponse."""
         first, last = self.items[at], self.items[at + count - 1]
         buf = bytearray(last.at + last.len - first.at + 32 * count)
-        done = _lib.pv_delete_answer(self._text, self.items + at, count, _from_buffer(_T_BYTES, buf), len(buf))
+        done = _lib.pv_delete_answer(self._text, self.items + at, count, *borrow(buf, writable=True))
         if done < 0:
             raise _bare_error(done)
         return bytes(memoryview(buf)[:done])
@@ -798,8 +797,8 @@ class Volume:
 
     def pread_into(self, offset: int, buf: bytearray | memoryview, revision: int) -> None:
         """Fills all of buf from .dat; errors as pread."""
-        target, err = _from_buffer(_T_BYTES, buf, require_writable=True), _new(_T_ERR)
-        code = _lib.pv_vol_pread(self._v, offset, target, len(target), revision, err)
+        err = _new(_T_ERR)
+        code = _lib.pv_vol_pread(self._v, offset, *borrow(buf, writable=True), revision, err)
         if code < 0:
             raise _error(code, err)
 
@@ -891,9 +890,10 @@ class Volume:
         NativeError: those of write without the cookie, PV_ESIZE (info.a: 0 too short for a header, 1 another Size in
         its header, 2 size negative), PV_EBUFFER (info.a needed, info.b given bytes).
         """
-        src, out, err = _from_buffer(_T_BYTES, blob), _new(_T_WRITE_RES), _new(_T_ERR)
+        src, length = borrow(blob)
+        out, err = _new(_T_WRITE_RES), _new(_T_ERR)
         flags = fsync << 1 | (entry is not None) << 2
-        code = _lib.pv_vol_write_blob(self._v, key, size, src, len(src), flags, _c_entry(entry), out, err)
+        code = _lib.pv_vol_write_blob(self._v, key, size, src, length, flags, _c_entry(entry), out, err)
         if code < 0:
             raise NativeError(code, _info(code, err), size=out.size, offset=out.offset)
         return WriteResult(out.offset, out.append_at_ns, out.size, out.checksum, out.cookie, out.unchanged != 0)

@@ -9,11 +9,11 @@ from typing import Final
 
 from pyvolume import _pv
 from pyvolume._native import engine
+from pyvolume._native.borrow import Buffer, borrow
 
 _ffi: Final = _pv.ffi
 _lib: Final = _pv.lib
 _new = _ffi.new
-_from_buffer = _ffi.from_buffer
 _new_uninitialised: Final = _ffi.new_allocator(should_clear_after_alloc=False)
 _T_ERR: Final = _ffi.typeof("pv_errinfo *")
 _T_LEN: Final = _ffi.typeof("size_t *")
@@ -22,11 +22,12 @@ _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 PV_EBUFFER: Final = int(_lib.PV_EBUFFER)
 
 
-def gzip_fast(data: engine.Buffer, most_bytes: int) -> bytes | None:
+def gzip_fast(data: Buffer, most_bytes: int) -> bytes | None:
     """One gzip member of data; None if it has more than most_bytes. Runs without the interpreter's lock."""
-    view, err, out_len = _from_buffer(_T_BYTES, data), _new(_T_ERR), _new(_T_LEN)
+    view, length = borrow(data)
+    err, out_len = _new(_T_ERR), _new(_T_LEN)
     out = _new_uninitialised(_T_BYTES, max(1, most_bytes))
-    code = _lib.pv_gzip_fast(view, len(view), out, max(0, most_bytes), out_len, err)
+    code = _lib.pv_gzip_fast(view, length, out, max(0, most_bytes), out_len, err)
     if code == PV_EBUFFER:
         return None
     if code < 0:

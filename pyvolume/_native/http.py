@@ -2,7 +2,7 @@
 
 Thin, typed wrappers: bytes in, bytes out, no sockets and no policy. Texts that go on the wire or come from it are
 bytes, since they need not be UTF-8; `json_escape` turns any of them into a JSON string. Every function may be called
-from any thread. Imports nothing of pyvolume but the compiled module.
+from any thread. Imports nothing of pyvolume but the compiled module and its neighbours.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyvolume import _pv
+from pyvolume._native.borrow import Buffer, borrow
 
 _ffi: Final[Any] = _pv.ffi
 _lib: Final[Any] = _pv.lib
 
-Buffer = bytes | bytearray | memoryview
 
 _SCRATCH_BYTES: Final = 16384  # covers every rendering of an ordinary request without a second try
 _MAX_PARTS: Final = 64  # body stretches of an ordinary multi-range answer, kept ready per thread
@@ -128,10 +128,9 @@ class _Texts:
 
     def put(self, target: Any, value: Buffer | None) -> None:
         if value:
-            c = _ffi.from_buffer("char[]", value)
+            c, target.n = borrow(value)
             self._keep.append(c)
-            target.p = c
-            target.n = len(value)
+            target.p = _ffi.cast("char *", c)
 
     def make(self, value: Buffer | None) -> Any:
         text = _ffi.new("pv_text *")
@@ -263,7 +262,7 @@ def content_disposition(name: bytes, attachment: bool) -> bytes:
 def sniff(data: Buffer) -> str:
     """Media type by content (at most the first 512 bytes are looked at)."""
     n = min(len(data), 512)
-    text: bytes = _ffi.string(_lib.pv_sniff(_ffi.from_buffer("uint8_t[]", data), n))
+    text: bytes = _ffi.string(_lib.pv_sniff(borrow(data)[0], n))
     return text.decode("ascii")
 
 
@@ -454,11 +453,11 @@ def plan_get(req: GetRequest, needle: GetNeedle, table: MimeTable | None) -> Get
     if needle.data is not None:
         if len(needle.data) != needle.data_len:
             raise ValueError("data_len is not the length of data")
-        data = _ffi.from_buffer("uint8_t[]", needle.data)
+        data, _ = borrow(needle.data)
         n.data = data
     sniffed = None
     if needle.sniff:
-        sniffed = _ffi.from_buffer("uint8_t[]", needle.sniff)
+        sniffed, _ = borrow(needle.sniff)
         n.sniff = sniffed
         n.sniff_len = len(needle.sniff)
         n.sniff_offset = needle.sniff_offset
@@ -542,9 +541,8 @@ def parse_upload(
     t.put(r.content_md5, content_md5)
     t.put(r.path, path)
     view = memoryview(body)
-    src = _ffi.from_buffer("uint8_t[]", view)
+    src, r.body_len = borrow(view)
     r.body = src
-    r.body_len = len(view)
     r.size_limit = size_limit
     r.is_manifest = is_manifest
     if table is not None:
@@ -562,7 +560,7 @@ def parse_upload(
     data = view[start : start + int(out.data_len)]
     if out.quoted:
         plain = bytearray(int(out.decoded_len))
-        if _lib.pv_qp_decode(out.data, out.data_len, _ffi.from_buffer("uint8_t[]", plain), len(plain), s.size) != 0:
+        if _lib.pv_qp_decode(out.data, out.data_len, *borrow(plain, writable=True), s.size) != 0:
             raise AssertionError("quoted-printable text was checked before")
         data = memoryview(plain)[: int(s.size[0])]
     return Upload(
@@ -573,7 +571,7 @@ def parse_upload(
 def should_compress(name: bytes, mime: bytes, data: Buffer) -> bool:
     """Whether upstream would gzip such an upload (8.4); with an empty mime the data is sniffed."""
     t = _Texts()
-    return bool(_lib.pv_should_compress(t.make(name), t.make(mime), _ffi.from_buffer("uint8_t[]", data), len(data)))
+    return bool(_lib.pv_should_compress(t.make(name), t.make(mime), *borrow(data)))
 
 
 def build_pairs(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:

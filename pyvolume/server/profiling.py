@@ -94,6 +94,7 @@ def thread_stacks() -> list[tuple[str, int, Stack]]:
     for ident, frame in sys._current_frames().items():
         name, native = names.get(ident, (f"thread-{ident}", 0))
         stacks.append((name, native, stack_of(frame)))
+        del frame  # one is this very function's: a variable that holds it would be a cycle
     return sorted(stacks, key=lambda row: row[:2])
 
 
@@ -204,6 +205,7 @@ class Sampler:
 
     def _charge(self, ran: dict[int, int], names: dict[int, str]) -> None:
         frames = sys._current_frames()
+        del frames[threading.get_ident()]  # this very function's: a cycle, and with it all the others would stay
         by_task = {thread.native_id: thread for thread in threading.enumerate()}
         for task, nanoseconds in ran.items():
             thread = by_task.get(task)

@@ -17,7 +17,8 @@ import threading
 from typing import Final
 
 from pyvolume._native import engine, outside
-from pyvolume._native.engine import Buffer, Entry, IdxRow, Needle, WriteResult
+from pyvolume._native.borrow import Buffer
+from pyvolume._native.engine import Entry, IdxRow, Needle, WriteResult
 from pyvolume._native.outside import MapFigures
 from pyvolume.errors import NativeCode, StorageError
 from pyvolume.storage.needle_map import RocksMap, RocksMaps, Value, rocks_path_of
