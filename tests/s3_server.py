@@ -25,6 +25,8 @@ from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 
+from tools.ports import free_port
+
 BUCKET = "tier"
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"
@@ -286,12 +288,6 @@ def properties(endpoint: str, **more: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------- upstream's gateway
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class GoS3:

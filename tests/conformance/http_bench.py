@@ -26,17 +26,12 @@ from pyvolume.server.lane import FastLane
 from pyvolume.server.master_client import Location
 from pyvolume.storage.store import Store
 from pyvolume.types import ReplicaPlacement, Ttl
+from tools.ports import free_port
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0
 LANE = os.environ.get("PYVOLUME_TEST_LANE", "on") != "off"
 """Whether servers have the fast lane: these tests are to be run with it and without."""
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- client

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.compat.bed import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("docs/QUICKSTART.md", "docs/MIGRATING.md")

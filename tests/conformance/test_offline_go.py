@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -30,6 +29,7 @@ from storage_util import COOKIE, create, golden, put
 
 from pyvolume import cli
 from pyvolume.types import format_key_cookie
+from tools.ports import free_port
 
 WEED = os.environ.get("WEED_BIN", "")
 LIMIT_S = 60.0
@@ -39,12 +39,6 @@ pytestmark = [
     pytest.mark.skipif(not WEED, reason="set WEED_BIN to the binary of SeaweedFS 4.44 to run these"),
     pytest.mark.timeout(240),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools.ports import free_port
 
 HOST = "127.0.0.1"
 WEED = os.environ.get("WEED_BIN", "")
@@ -35,12 +36,6 @@ ABSENT = -1
 OWN_MASTER = [sys.executable, "-m", "pyvolume.devmaster"]
 
 pytestmark = pytest.mark.timeout(400)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:

@@ -25,6 +25,7 @@ import pytest
 from unit.tls_helpers import HOST, Authority, Identity
 
 from pyvolume.server.rpc import VOLUME_SERVICE, method_classes
+from tools.ports import free_port
 
 WEED = os.environ.get("WEED_BIN", "")
 LIMIT_S = 60.0
@@ -33,12 +34,6 @@ pytestmark = [
     pytest.mark.skipif(not WEED, reason="set WEED_BIN to the binary of SeaweedFS 4.44 to run these"),
     pytest.mark.timeout(240),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:

@@ -6,11 +6,12 @@ import http.client
 from pathlib import Path
 
 import pytest
-from test_lifecycle import HOST, Server, free_port
+from test_lifecycle import HOST, Server
 
 from pyvolume.config import DirConfig, ServerConfig
 from pyvolume.storage.store import Store
 from pyvolume.types import ReplicaPlacement, Ttl
+from tools.ports import free_port
 
 READS = 3
 

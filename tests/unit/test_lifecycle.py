@@ -23,15 +23,10 @@ from pyvolume.config import ServerConfig
 from pyvolume.security_config import SecurityConfig
 from pyvolume.server import lifecycle
 from pyvolume.server.signals import Inbox
+from tools.ports import free_port
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = START_LIMIT_S) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from storage_util import create, put
-from test_lifecycle import HOST, Server, free_port, wait_for
+from test_lifecycle import HOST, Server, wait_for
 
 from pyvolume.config import ServerConfig
 from pyvolume.lockwatch import Watchdog, waiting_for
 from pyvolume.server.metrics import ServerMetrics, StoreFigures
 from pyvolume.storage.store import Store
+from tools.ports import free_port
 
 SOURCES = Path(__file__).parents[2] / "pyvolume" / "server"
 

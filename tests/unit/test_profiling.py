@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_lifecycle import HOST, Server, connects, free_port, wait_for
+from test_lifecycle import HOST, Server, connects, wait_for
 
 from pyvolume.server import profiling
 from pyvolume.server.profiling import Frame, Profile, Sampler, debug_page, folded_format, pprof_format, pstats_format
+from tools.ports import free_port
 
 
 def spin_for_a_profile(stop: threading.Event) -> int:

@@ -21,13 +21,9 @@ from pathlib import Path
 import pytest
 from tls_helpers import HOST, Authority, Identity
 
+from tools.ports import free_port
+
 LIMIT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

@@ -24,20 +24,10 @@ from typing import Any
 from tools.bench import moving, pinned, storage, targets
 from tools.bench.ec import EcBench
 from tools.bench.targets import HOST, Target
+from tools.ports import free_ports
 
 NEEDLES_FOR_READS = {1024: 2000, 4 << 20: 24}
 VID = 1
-
-
-def free_ports(count: int) -> list[int]:
-    socks = [socket.socket() for _ in range(count)]
-    try:
-        for s in socks:
-            s.bind((HOST, 0))
-        return [s.getsockname()[1] for s in socks]
-    finally:
-        for s in socks:
-            s.close()
 
 
 class Bench:

@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 
 from pyvolume.pb import volume_server_pb2 as pb
+from tools.ports import free_ports
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 60.0
@@ -33,18 +34,6 @@ class BedError(Exception):
 
 class ServerFailed(BedError):
     """The server under test did not start: a difference, not a failure of the bed."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now. All are held until the last is known, so they differ."""
-    socks = [socket.socket() for _ in range(count)]
-    try:
-        for s in socks:
-            s.bind((HOST, 0))
-        return [s.getsockname()[1] for s in socks]
-    finally:
-        for s in socks:
-            s.close()
 
 
 def unary_call(channel: grpc.Channel, method: str, **fields: object) -> Any:

@@ -23,7 +23,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tools.compat.bed import HOST, Bed, free_ports, wait_for
+from tools.compat.bed import HOST, Bed, wait_for
+from tools.ports import free_ports
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
 VID = 3
