@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socketserver
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -39,8 +40,7 @@ class HttpServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """As the base class, without its look-up of the host's name."""
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 

@@ -24,6 +24,7 @@ from pyvolume.devmaster.topology import Layout, MasterError, Sequence, Topology,
 from pyvolume.digest import report_hash
 from pyvolume.pb import master_pb2
 from pyvolume.server.rpc import MASTER_SERVICE, VOLUME_SERVICE, Channels, RpcFailure, method_classes, open_stream
+from tools.ports import free_ports
 
 
 class FakeVolumeServer:
@@ -511,6 +512,14 @@ def test_ids_survive_a_restart(tmp_path: Path) -> None:
     second = Sequence(str(tmp_path))
     assert second.next_vid() == 3
     assert second.next_keys(1) > last + 9
+
+
+def test_a_port_with_connections_that_have_just_ended_was_refused() -> None:
+    port, grpc_port = free_ports(2)
+    for _ in range(2):
+        master = DevMaster(Options(port=port, grpc_port=grpc_port))
+        master.start()
+        master.stop()
 
 
 def test_pick_prefers_the_server_that_was_wished_for() -> None:
