@@ -35,6 +35,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
 
+from pyvolume.frames import current_frames
+
 V1, V2, V3, V4 = 19, 18, 17, 16
 """Levels for `Logger.log`: seen from -v=1 ... -v=4 on."""
 
@@ -515,7 +517,7 @@ def all_stacks() -> str:
     """The stacks of all Python threads, named; threads that stand at the same place are listed together."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     places: dict[str, list[str]] = {}
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in current_frames().items():
         places.setdefault("".join(traceback.format_stack(frame)), []).append(str(names.get(ident, ident)))
         del frame  # one is this very function's: a variable that holds it would be a cycle
     parts = []

@@ -29,6 +29,7 @@ from html import escape
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
+from pyvolume.frames import current_frames
 from pyvolume.server.metric_types import field_bytes, field_int, varint
 
 INTERVAL_S: Final = 0.01
@@ -91,7 +92,7 @@ def thread_stacks() -> list[tuple[str, int, Stack]]:
     """(name, id of the system, stack) of every thread that runs Python, by name."""
     names = {thread.ident: (thread.name, thread.native_id or 0) for thread in threading.enumerate()}
     stacks = []
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in current_frames().items():
         name, native = names.get(ident, (f"thread-{ident}", 0))
         stacks.append((name, native, stack_of(frame)))
         del frame  # one is this very function's: a variable that holds it would be a cycle
@@ -204,7 +205,7 @@ class Sampler:
             clock.close()
 
     def _charge(self, ran: dict[int, int], names: dict[int, str]) -> None:
-        frames = sys._current_frames()
+        frames = current_frames()
         del frames[threading.get_ident()]  # this very function's: a cycle, and with it all the others would stay
         by_task = {thread.native_id: thread for thread in threading.enumerate()}
         for task, nanoseconds in ran.items():

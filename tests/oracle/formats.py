@@ -200,6 +200,10 @@ def parse(record: bytes, version: int, expected_size: int | None = None, check_c
     (n.checksum,) = struct.unpack(">I", record[end : end + 4])
     if version == 3:
         (n.append_at_ns,) = struct.unpack(">Q", record[end + 4 : end + 12])
+    # Nobody writes a body without data: this is a page that was lost, or a length that was damaged.
+    no_data = version != 1 and size > 4 and not n.data
+    if no_data and (n.flags == 0 or (check_crc and n.checksum not in (0, crc_legacy(0)))):
+        raise FormatError("corrupt", 1)
     if n.data and check_crc:
         computed = crc32c(n.data)
         if n.checksum not in (computed, crc_legacy(computed)):

@@ -6,12 +6,14 @@ Also on damage: a record with flipped, cut or invented bytes must get the same v
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import formats
@@ -122,6 +124,18 @@ def test_frames_are_equal_and_parse_back(n: formats.Needle, version: int) -> Non
         assert got.mime == (n.mime if n.flags & formats.HAS_MIME else b"")
         assert got.pairs == (n.pairs if n.flags & formats.HAS_PAIRS else b"")
     assert frame(got, version) == record
+
+
+@pytest.mark.parametrize("version", formats.VERSIONS)
+@pytest.mark.parametrize("checksum", [0, formats.crc_legacy(0), 5])
+def test_bodies_without_data_were_taken_by_one_and_refused_by_the_other(version: int, checksum: int) -> None:
+    verdicts = set()
+    for fields in (b"", b"\0", b"\0\0\0\0", b"\x01\x01a", b"\x02\0"):
+        body = bytes(4) + fields
+        record = struct.pack(">IQI", 1, 2, len(body)) + body + struct.pack(">I", checksum) + bytes(16)
+        for check_crc in (True, False):
+            verdicts.add(isinstance(assert_agree(record, version, len(body), check_crc), formats.Needle))
+    assert version == 1 or verdicts == {True, False}
 
 
 @given(needles, VERSIONS, st.data())
