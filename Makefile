@@ -67,7 +67,7 @@ test-c: system-packages ## C unit tests and the committed fuzz corpora
 	$(MAKE) -s -C csrc test
 
 crash: build ## the long forms of the crash and race tests: KILL_ROUNDS kills, CRASH_SAMPLES power cuts for each workload
-	PYVOLUME_KILL_ROUNDS=$(KILL_ROUNDS) PYVOLUME_CRASH_SAMPLES=$(CRASH_SAMPLES) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/crash tests/race
+	PYVOLUME_KILL_ROUNDS=$(KILL_ROUNDS) PYVOLUME_CRASH_SAMPLES=$(CRASH_SAMPLES) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -o faulthandler_timeout=0 tests/crash tests/race
 
 compat: build ## replay what a Go server answered, and open the volumes it made
 	$(BIN)/python -m tools.compat --known-gaps tools/compat/known-gaps.txt
@@ -105,7 +105,7 @@ fuzz: system-packages ## libFuzzer targets, FUZZ_S seconds each (needs clang)
 	$(MAKE) -s -C csrc fuzz FUZZ_S=$(FUZZ_S)
 
 fuzz-py: build ## hostile input for the Python edges, FUZZ_S seconds for each
-	PYVOLUME_FUZZ_S=$(FUZZ_S) $(BIN)/python -m pytest -q --timeout 0 -p no:logging tests/property/test_edges.py
+	PYVOLUME_FUZZ_S=$(FUZZ_S) $(BIN)/python -m pytest -q --timeout 0 -o faulthandler_timeout=0 -p no:logging tests/property/test_edges.py
 
 bench: build ## benchmark tables; WEED_BIN and WEED_VOLUME_RUST add the references, measured in turns
 	$(BIN)/python -m tools.bench
