@@ -59,9 +59,13 @@ run: build ## development master and one server, a sample upload and read, then 
 
 test: build test-c lint test-py compat asan-quick ## everything CI runs
 
+# A test that fails while others press on the machine is run once more alone, and named; what fails twice has failed.
+TWICE = || { test $$? -eq 1 && echo "Failed among others, once more alone:" && \
+    $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none; }
+
 test-py: build ## the Python tests; those of HTTP with the fast lane and without
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
-	PYVOLUME_TEST_LANE=off $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/conformance -k http
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q $(TWICE)
+	export PYVOLUME_TEST_LANE=off; $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/conformance -k http $(TWICE)
 
 test-c: system-packages ## C unit tests and the committed fuzz corpora
 	$(MAKE) -s -C csrc test
