@@ -231,6 +231,8 @@ class Heartbeat:
     def start(self) -> None:
         """Starts the thread. Does not wait for a master."""
         self._started = True
+        if self._master.seeds:
+            self._master.first_try_begins()
         self._thread.start()
 
     def stop(self, goodbye: bool = True, wait_s: float = GOODBYE_WAIT_S + 1.0) -> None:
@@ -285,6 +287,7 @@ class Heartbeat:
                 if self._stopping.is_set():
                     break
                 redirect, duplicates = self._try_master(master, duplicates)
+        self._master.first_try_ends()
         if not seeds:
             log.warning("no masters given: this server is in no cluster")
 
@@ -294,14 +297,17 @@ class Heartbeat:
             return self._serve(master, duplicates), 0
         except _DuplicateDirectories as exc:
             log.info("heartbeat to %s error: %s", http_address(master), exc)
+            self._master.first_try_ends()
             duplicates += 1
             self._sleep(self._duplicate_pause_s * 2 ** (duplicates - 1))
         except _Disconnected as exc:
             log.info("heartbeat to %s error: %s", http_address(master), exc)
+            self._master.first_try_ends()
             duplicates = 0
             self._sleep(self._pulse_s)
         except Exception:  # the top of this thread: without it the server would silently leave its cluster
             log.exception("heartbeat to %s failed", http_address(master))
+            self._master.first_try_ends()
             duplicates = 0
             self._sleep(self._pulse_s)
         self.disconnections[http_address(master)] = self.disconnections.get(http_address(master), 0) + 1

@@ -34,6 +34,8 @@ LOOKUP_TIMEOUT_S = 10.0
 CONFIGURATION_TIMEOUT_S = 5.0
 MARK_TIMEOUT_S = 30.0
 PING_TIMEOUT_S = 10.0
+FIRST_TRY_S = 3.0
+"""How long a question for the master waits, at most, while a server that has just started connects to it."""
 ROUND_PAUSE_S = 1.79
 
 _MAX_VID = (1 << 32) - 1
@@ -107,6 +109,8 @@ class MasterClient:
         self.channels = channels if channels is not None else Channels()
         self._lock = threading.Lock()
         self._current = ""
+        self._first_try_over = threading.Event()
+        self._first_try_over.set()
         self._cache: OrderedDict[int, tuple[float, tuple[Location, ...]]] = OrderedDict()
         self._flights: dict[int, _Flight] = {}
         self._lookup_slots = threading.BoundedSemaphore(MAX_LOOKUPS_AT_ONCE)
@@ -128,6 +132,20 @@ class MasterClient:
         """Called by the heartbeat when its stream to this master is open."""
         with self._lock:
             self._current = address
+        self._first_try_over.set()
+
+    def first_try_begins(self) -> None:
+        """Called by the heartbeat before it connects for the first time: who asks a master waits until that is over."""
+        self._first_try_over.clear()
+
+    def first_try_ends(self) -> None:
+        """Called by the heartbeat when a master could not be reached, or when there is none. Idempotent."""
+        self._first_try_over.set()
+
+    def _master_to_ask(self, timeout_s: float) -> str:
+        """The current master. A server that has just started waits for the first answer, for FIRST_TRY_S at most."""
+        self._first_try_over.wait(min(FIRST_TRY_S, timeout_s))
+        return self.current_master
 
     def knows(self, address: str) -> bool:
         """True when the address is the current or a seed master, compared by `host:port`."""
@@ -254,7 +272,7 @@ class MasterClient:
         try:
             request = master_pb2.LookupVolumeRequest(volume_or_file_ids=[str(vid)], collection=collection)
             answer = self.channels.unary(
-                self.current_master,
+                self._master_to_ask(max(0.0, deadline - time.monotonic())),
                 MASTER_SERVICE,
                 "LookupVolume",
                 request,
@@ -278,8 +296,9 @@ class MasterClient:
     ) -> dict[int, list[Location]]:
         """Locations of each shard of an EC volume, by the current master; not cached here. Raises RpcFailure."""
         request = master_pb2.LookupEcVolumeRequest(volume_id=vid)
+        master = self._master_to_ask(timeout_s)
         answer = self.channels.unary(
-            self.current_master, MASTER_SERVICE, "LookupEcVolume", request, timeout_s=timeout_s, request_id=request_id
+            master, MASTER_SERVICE, "LookupEcVolume", request, timeout_s=timeout_s, request_id=request_id
         )
         return {
             shard.shard_id: [
@@ -298,7 +317,7 @@ class MasterClient:
         Asks the heartbeat's master; when that one does not lead, asks the seeds for the leader and tries there once.
         Raises PyvolumeError with upstream's text; WrappedRpcFailure (with the remote's code) when no leader is found.
         """
-        master = self.current_master
+        master = self._master_to_ask(timeout_s)
         try:
             self._mark_on(master, volume, is_readonly, timeout_s, request_id)
             return

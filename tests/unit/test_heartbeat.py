@@ -20,6 +20,7 @@ from pyvolume.pb import master_pb2 as pb
 from pyvolume.server import heartbeat as heartbeat_module
 from pyvolume.server.heartbeat import Heartbeat, VolumeReport
 from pyvolume.server.master_client import MasterClient
+from pyvolume.server.rpc import RpcFailure
 from pyvolume.storage.ec.volume import EcShardsInfo
 
 PULSE_S = 0.05
@@ -762,3 +763,21 @@ def test_stop_before_start_and_twice(bench: Bench) -> None:
     heart.stop()
     heart.stop()
     assert not heart.alive
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_first_try_ends_whether_a_master_is_reached_or_not(bench: Bench, reached: bool) -> None:
+    address = bench.master(modern)[0].address if reached else unused_address()
+    config = SimpleNamespace(masters=(address,), **CONFIG)
+    client = MasterClient(config)
+    heart = Heartbeat(SimpleNamespace(master=client), FakeStore(), config, pulse_s=600.0)
+    heart.start()
+    text = ""
+    try:
+        client.lookup_ec_volume(3, timeout_s=5)
+    except RpcFailure as exc:
+        text = str(exc)
+    finally:
+        heart.stop(goodbye=False)
+        client.close()
+    assert ("Unimplemented" if reached else "missing address") in text

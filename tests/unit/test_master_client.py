@@ -294,6 +294,36 @@ def test_lookup_without_a_master_yet() -> None:
     )
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_who_asks_while_the_server_connects_for_the_first_time_waits(made: Any, reached: bool) -> None:
+    """A mark right after a start failed with "missing address" although a master was there."""
+    _, master = made(VolumeMarkReadonly=lambda request, context: pb.VolumeMarkReadonlyResponse())
+    client = MasterClient(SimpleNamespace(masters=(master.address,), ip="10.1.1.1", port=8080))
+    client.first_try_begins()
+    outcome: list[str] = []
+
+    def mark() -> None:
+        try:
+            client.mark_readonly(VOLUME, True)
+            outcome.append("marked")
+        except PyvolumeError as exc:
+            outcome.append(str(exc))
+
+    asking = threading.Thread(target=mark)
+    asking.start()
+    asking.join(0.2)
+    assert not outcome, "the first try is not over"
+    if reached:
+        client.set_current(master.address)
+    else:
+        client.first_try_ends()
+    asking.join(WAIT_S)
+    assert [reached] == [text == "marked" for text in outcome]
+    if not reached:
+        assert "missing address" in outcome[0]
+    client.close()
+
+
 def test_refused_connection_has_upstreams_words() -> None:
     address = unused_address()
     client = MasterClient(SimpleNamespace(masters=(address,), ip="", port=0))
