@@ -1075,9 +1075,8 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     int rc = pv_vol_lookup(o->v, o->key, &o->entry);
     uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
     if (o->kind == OP_WRITE) {
-        /* An overwrite reads what is there. */
-        wait =
-            o->fsync || o->copies.count != 0 || c->head.content_length > INLINE_WRITE || (rc == 0 && o->entry.size > 0);
+        /* An overwrite reads what is there, if only its cookie: of a deleted or an empty needle, too. */
+        wait = o->fsync || o->copies.count != 0 || c->head.content_length > INLINE_WRITE || rc == 0;
         if (rc < 0 && rc != PV_ENOTFOUND) {
             why = PV_LANE_WHY_VOLUME;
         }

@@ -546,6 +546,63 @@ static void test_a_slow_change_holds_up_no_lane_thread(void) {
     end(&b);
 }
 
+static int head_gate_hook(void *ctx, const pv__io_event *ev, size_t *len) {
+    gate *g = ctx;
+    pv__mutex_lock(&g->lock);
+    if (ev->op == PV__IO_PREAD && *len == PV_NEEDLE_HEADER + 4 && !g->held) {
+        g->held = true;
+        pv__cond_broadcast(&g->changed);
+        while (!g->passed) {
+            pv__cond_wait(&g->changed, &g->lock);
+        }
+    }
+    pv__mutex_unlock(&g->lock);
+    return 0;
+}
+
+/* A needle that was deleted, or is empty, is read for its cookie when it is written again: by a lane thread it was. */
+static void test_a_slow_look_at_what_was_there_holds_up_no_lane_thread(void) {
+    enum { CONNECTIONS = 12 };
+    static const char again[] =
+        "POST /3,02deadbeef HTTP/1.1\r\nHost: h\r\nContent-Type: a/b\r\nContent-Length: 3\r\n\r\nnew";
+    static const char remove[] = "DELETE /3,02deadbeef HTTP/1.1\r\nHost: h\r\n\r\n";
+    bench b = start(PV_REG_SINGLE, 1 << 20, 0);
+    char body[4096];
+    size_t n;
+    int writer = dial(&b), readers[CONNECTIONS];
+    CHECK_EQ(ask(writer, POST5, body, &n), 201);
+    CHECK_EQ(ask(writer, again, body, &n), 201);
+    CHECK_EQ(ask(writer, remove, body, &n), 202);
+    for (int i = 0; i < CONNECTIONS; i++) {
+        readers[i] = dial(&b);
+        CHECK_EQ(ask(readers[i], REQUEST "\r\n", body, &n), 200);
+    }
+    gate g = {0};
+    CHECK_EQ(pv__mutex_init(&g.lock), 0);
+    CHECK_EQ(pv__cond_init(&g.changed), 0);
+    pv__io_set_hook(head_gate_hook, &g);
+    say(writer, again, sizeof again - 1);
+    pv__mutex_lock(&g.lock);
+    while (!g.held) {
+        pv__cond_wait(&g.changed, &g.lock);
+    }
+    pv__mutex_unlock(&g.lock);
+    for (int i = 0; i < CONNECTIONS; i++) {
+        CHECK_EQ(ask(readers[i], REQUEST "\r\n", body, &n), 200);
+        CHECK(close(readers[i]) == 0);
+    }
+    pv__mutex_lock(&g.lock);
+    g.passed = true;
+    pv__cond_broadcast(&g.changed);
+    pv__mutex_unlock(&g.lock);
+    CHECK_EQ(hear(writer, body, &n), 201);
+    pv__io_set_hook(NULL, NULL);
+    CHECK(close(writer) == 0);
+    CHECK_EQ(pthread_mutex_destroy(&g.lock), 0);
+    CHECK_EQ(pthread_cond_destroy(&g.changed), 0);
+    end(&b);
+}
+
 int main(void) {
     RUN(test_heads);
     RUN(test_head_fields);
@@ -558,5 +615,6 @@ int main(void) {
     RUN(test_stop);
     RUN(test_full_mailbox_and_limit);
     RUN(test_a_slow_change_holds_up_no_lane_thread);
+    RUN(test_a_slow_look_at_what_was_there_holds_up_no_lane_thread);
     return T_END();
 }

@@ -189,11 +189,6 @@ def json_error(request: Request, status: int, text: str) -> Response:
     return json_reply(request, status, {"error": text})
 
 
-def text_error(status: int, text: str) -> Response:
-    """Go's http.Error: the text and a newline."""
-    return Response(status, list(TEXT_HEADERS), (text + "\n").encode("utf-8", "surrogateescape"))
-
-
 class Released:
     """An iterable body that calls `release` once when it was sent or given up."""
 

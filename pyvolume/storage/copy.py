@@ -36,6 +36,7 @@ from pyvolume.errors import (
 from pyvolume.faults import fault
 from pyvolume.storage import disk_space, ec_files, files, index_files, vif
 from pyvolume.storage.superblock import SuperBlock
+from pyvolume.storage.volume import remove_volume_files
 from pyvolume.types import is_plain_file_part, normalize_disk_type, readable_disk_type, volume_base_name
 
 if TYPE_CHECKING:
@@ -659,9 +660,13 @@ def _recover_sealed(directory: str, idx_directory: str, name: str) -> None:
         }
         waiting = [path for path in parts.values() if files.exists(path + STAGED)]
         has_begun = len(waiting) < len(parts)
-        has_old = files.exists(f"{directory}/{name}.dat") and files.exists(f"{idx_directory}/{name}.idx")
+        # The index of the old replica may lie beside its data, where a loader looks first.
+        indexes = (f"{place}/{name}.idx" for place in (directory, idx_directory))
+        has_old = files.exists(f"{directory}/{name}.dat") and any(files.exists(path) for path in indexes)
         if has_begun or not has_old:
             log.warning("finishing the copy of volume %s that a crash interrupted", name)
+            if not has_begun:
+                _remove_rest(directory, idx_directory, name)
             _remove_index_caches(f"{idx_directory}/{name}")
             for path in waiting:
                 # Once the renames have begun nothing of the old replica is left: what is there now was made since.
@@ -672,6 +677,22 @@ def _recover_sealed(directory: str, idx_directory: str, name: str) -> None:
         files.remove_if_exists(marker)
     except OSError as exc:
         log.error("cannot finish the copy of volume %s in %s: %s", name, directory, exc)
+
+
+def _remove_rest(directory: str, idx_directory: str, name: str) -> None:
+    """What a crash left of a replica that was being removed for a copy: nothing of it may be taken for the copy's.
+
+    Raises OSError if it stays: then the copy waits for another start.
+    """
+    keep_vif = ec_files.has_nonempty_ecx(directory, idx_directory, name)
+    places = dict.fromkeys((directory, idx_directory))
+    for place in places:
+        remove_volume_files(f"{place}/{name}", keep_vif)
+    for path in (f"{place}/{name}{extension}" for place in places for extension in (".idx", ".cpc")):
+        if files.exists(path):
+            raise OSError(errno.EIO, "the old replica cannot be removed", path)
+    for place in places:
+        files.sync_dir(place)
 
 
 def _remove_lone_note(directory: str, name: str) -> None:

@@ -81,6 +81,8 @@ def claim(directory: str, idx_directory: str, name: str) -> Claim:
         return "shards"
     if dat_bytes <= SUPER_BLOCK_SIZE:
         return "shards"
+    if any(vif.load(f"{place}/{name}.vif").disk_failed for place in (directory, idx_directory)):
+        return "shards"
     info = _shard_config(directory, idx_directory, name)
     if 0 < info.dat_file_size < dat_bytes:
         return "volume-keep"

@@ -28,6 +28,8 @@ class FileCheck:
     can_write: bool = False
     mtime_s: int = 0
     size: int = 0
+    error: int = 0
+    """errno of a stat that failed, other than by telling that nothing is there."""
 
 
 def check_file(path: str) -> FileCheck:
@@ -36,8 +38,8 @@ def check_file(path: str) -> FileCheck:
         st = os.stat(path)
     except FileNotFoundError:
         return FileCheck(exists=False)
-    except OSError:
-        return FileCheck(exists=True)
+    except OSError as exc:
+        return FileCheck(exists=True, error=exc.errno or errno.EIO)
     return FileCheck(
         exists=True,
         can_read=bool(st.st_mode & stat.S_IRUSR),

@@ -8,6 +8,7 @@ the text unparsable, as upstream (`weed/storage/volume_info`), so no field of ou
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,16 @@ from pyvolume.errors import StorageError, from_os_error
 from pyvolume.storage.files import check_file, replace_file
 
 VifStatus = Literal["missing", "empty", "ok", "old", "unparsable", "unreadable"]
+
+_DISK_ERRORS: Final = (
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EINTR,
+)
 
 _MAX_BYTES: Final = 1 << 20
 """A .vif is a few hundred bytes; more than this is not one."""
@@ -81,6 +92,8 @@ class VifResult:
     info: VolumeInfo
     status: VifStatus
     error: str = ""
+    disk_failed: bool = False
+    """Unreadable because a system call failed, not for its mode: what it says is there, and not known."""
 
     @property
     def found(self) -> bool:
@@ -111,20 +124,27 @@ class _JsonObject(list[tuple[str, Any]]):
     """The pairs of one JSON object in their order: a repeated name must be seen. Tells an object from a list."""
 
 
-_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_reject_constant, object_pairs_hook=_JsonObject)
+def _decimal(text: str) -> Decimal:
+    """A number, whose digits may be as many as the file is long. Python refuses some of those in ways of its own."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise _Unparsable(f"invalid value {text[:40]}") from None
+
+
+_DECODER = json.JSONDecoder(
+    parse_float=_decimal, parse_int=_decimal, parse_constant=_reject_constant, object_pairs_hook=_JsonObject
+)
 
 
 def _integer(value: Any, low: int, high: int) -> int:
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
             raise _Unparsable(f"invalid value for integer: {value!r}")
-        value = Decimal(value)
+        value = _decimal(value)
     if isinstance(value, Decimal):
-        try:
-            if value.adjusted() > 20 or value != value.to_integral_value():
-                raise _Unparsable(f"invalid value for integer: {value}")
-        except InvalidOperation:
-            raise _Unparsable(f"invalid value for integer: {value}") from None
+        if value.adjusted() > 20 or value != value.to_integral_value():
+            raise _Unparsable(f"invalid value for integer: {value}")
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _Unparsable(f"invalid value for integer: {value!r}")
@@ -299,14 +319,15 @@ def load(path: str) -> VifResult:
     if not checked.exists:
         return VifResult(VolumeInfo(), "missing")
     if not checked.can_read:
-        return VifResult(VolumeInfo(), "unreadable", f"can not read {path}")
+        return VifResult(VolumeInfo(), "unreadable", f"can not read {path}", checked.error in _DISK_ERRORS)
     try:
         with open(path, "rb") as handle:
             data = handle.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return VifResult(VolumeInfo(), "missing")
     except OSError as exc:
-        return VifResult(VolumeInfo(), "unreadable", f"fail to read {path} : {from_os_error(exc, 'open', path)}")
+        error = f"fail to read {path} : {from_os_error(exc, 'open', path)}"
+        return VifResult(VolumeInfo(), "unreadable", error, exc.errno in _DISK_ERRORS)
     if not data:
         return VifResult(VolumeInfo(), "empty")
     if len(data) > _MAX_BYTES:

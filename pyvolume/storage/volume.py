@@ -32,6 +32,7 @@ from pyvolume.errors import (
     RemoteError,
     StorageError,
     VolumeBusy,
+    VolumeClosed,
     VolumeFull,
     VolumeLoadError,
     VolumeMoved,
@@ -243,6 +244,8 @@ class Volume:
         self._last_modified_floor_s = dat_mtime_s
         self.lacks_superblock = False
         """A tiered volume whose store did not answer when it was loaded: replication and ttl are not known."""
+        self.lacks_info = False
+        """The disk failed when its .vif was to be read: what that says is not known and must not be written over."""
         self._is_moving = False
         self._can_delete_before_tier: bool | None = None
         self._quarantined = False
@@ -419,6 +422,7 @@ class Volume:
         has changed. Upstream: Store.MarkVolumeWritable.
         """
         with self._state_lock:
+            self._check_info()
             self._reopen_for_writing()
             self._no_write_or_delete = False
             if not self.is_remote:
@@ -456,7 +460,12 @@ class Volume:
                 change(self.info)
             self._save_info()
 
+    def _check_info(self) -> None:
+        if self.lacks_info:
+            raise StorageError(f"volume {self.vid}: {self.vif_path} could not be read: mount the volume again")
+
     def _save_info(self) -> None:
+        self._check_info()
         ttl_s = self.ttl.minutes * 60
         if ttl_s > 0:
             self.info.expire_at_sec = int(time.time()) + ttl_s
@@ -484,8 +493,11 @@ class Volume:
         """Needs the state lock. Opens a second handle on the files, then closes the first; readers go over by a retry.
 
         No append can fall between the two: the old handle refuses writes before the new one reads the files. `settle`
-        is called between: behind it nothing fails. On an error the old handle serves as before.
+        is called between: behind it nothing fails. On an error the old handle serves as before. A volume that was
+        closed stays so (VolumeClosed): its files may be another's by now.
         """
+        if self._state != "open":
+            raise VolumeClosed(f"volume {self.vid} is closed")
         old = self._handle
         self._refuse_all(old)
         try:
@@ -740,7 +752,9 @@ class Volume:
                     piece = self.pread(offset + at, want, revision)
             except VolumeMoved:
                 moved = self.read_needle(needle.id, meta_ok=True)
-                if moved.data_size != size or moved.cookie != needle.cookie or not moved.meta_only:
+                # the same data: a vacuum writes a checksum of old releases in the present form
+                same = needle.checksum in (moved.checksum, engine.crc_legacy(moved.checksum))
+                if moved.data_size != size or moved.cookie != needle.cookie or not same or not moved.meta_only:
                     raise NeedleNotFound("not found") from None
                 offset, revision = moved.data_offset, moved.entry_revision
                 continue

@@ -23,6 +23,7 @@ from pyvolume.errors import (
     RemoteError,
     StorageError,
     VolumeLoadError,
+    disk_error,
     from_native,
     from_os_error,
     os_error_text,
@@ -114,7 +115,7 @@ def load_volume(
     if known.has_remote_file:
         return _load_remote(directory, idx_directory, collection, vid, info, location, disk_id, options)
     no_write_can_delete = info.read_only and info.read_only_can_delete
-    no_write_or_delete = info.read_only and not info.read_only_can_delete
+    no_write_or_delete = (info.read_only and not info.read_only_can_delete) or known.disk_failed
     found = _open_data(vid, base_path)
     if not found.dat.can_write:
         log.info("opening %s in READONLY mode", found.dat_path)
@@ -162,6 +163,9 @@ def load_volume(
         no_write_can_delete=no_write_can_delete,
         dat_mtime_s=found.dat.mtime_s,
     )
+    if known.disk_failed:
+        volume.lacks_info = True
+        log.error("volume %d is read only until %s can be read and it is mounted again", vid, vif_path)
     if not known.found:
         _save_first_info(volume)
     return volume
@@ -192,18 +196,20 @@ def create_volume(
         raise StorageError(f"volume super block version {version} is not supported")
     name = volume_base_name(collection, vid)
     base_path, dat_path, idx_path = f"{directory}/{name}", f"{directory}/{name}.dat", f"{idx_directory}/{name}.idx"
-    dat = files.check_file(dat_path)
+    dat = _look_at(dat_path)
     if dat.exists and dat.size > 0:
         return load_volume(
             directory, idx_directory, collection, vid, location=location, disk_id=disk_id, options=options
         )
-    stale = files.check_file(idx_path)
+    stale = _look_at(idx_path)
     if stale.exists and stale.size > 0:
         raise VolumeLoadError(
             f"cannot create volume {vid}: its index {idx_path} of {stale.size} bytes is there, its data is not",
             path=idx_path,
         )
     known = vif.load(base_path + ".vif")
+    if known.disk_failed:
+        raise StorageError(f"cannot create volume {vid}: {known.error}")
     info = known.info
     width = info.bytes_offset or options.offset_width
     block = SuperBlock(CURRENT_VERSION, replica_placement, ttl)
@@ -256,6 +262,14 @@ def create_volume(
     if not known.found:
         _save_first_info(volume)
     return volume
+
+
+def _look_at(path: str) -> files.FileCheck:
+    """What stands where a new file is to be made; raises DiskError where that cannot be told."""
+    found = files.check_file(path)
+    if found.error:
+        raise disk_error(os_error_text("stat", path, found.error), found.error, path=path)
+    return found
 
 
 def _save_first_info(volume: Volume) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -28,6 +29,8 @@ from pyvolume.server.grpc.methods import LIMITS, Kind
 from pyvolume.server.grpc.status import CallEnded
 from pyvolume.storage import compact, copy
 from pyvolume.storage.store import Store
+from pyvolume.storage.volume_load import create_volume
+from pyvolume.types import ReplicaPlacement
 
 COPIES = LIMITS[Kind.COPY]
 Code = grpc.StatusCode
@@ -932,6 +935,41 @@ def test_a_sealed_copy_whose_replica_is_still_there_goes(source: Server, target:
         assert target.files() == {"3.dat", "3.idx", "3.vif"}
     finally:
         fresh.close()
+
+
+@pytest.mark.parametrize("lost", ["", ".dat"])
+def test_a_sealed_copy_is_not_served_by_an_old_index_beside_its_data(source: Server, tmp_path: Path, lost: str) -> None:
+    """A loader takes an index beside the data before that in the idx directory: the replica that was to be replaced
+    had its own there, and the crash came before it was removed, or between its files."""
+    fill(source, 3)
+    server = Server(tmp_path / "other", idx=True)
+    assert server.idx_directory is not None
+    directory = server.directories[0]
+    old = create_volume(str(directory), str(directory), "", 3, replica_placement=ReplicaPlacement())
+    put(old, 1000, b"old")
+    put(old, 9, b"old, too")
+    old.close()
+    source.store.close()
+    for extension in ("dat", "idx", "vif"):
+        place = server.idx_directory if extension == "idx" else directory
+        shutil.copy(source.directories[0] / f"3.{extension}", place / f"3.{extension}.copying")
+    (directory / "3.copied").write_bytes(b".dat .idx .vif")
+    (directory / "3.cpc").touch()  # a marker that stayed, of the old replica: not to be settled with files of the copy
+    if lost:
+        (directory / f"3{lost}").unlink()
+    fresh = reopen(server)
+    try:
+        volume = fresh.find_volume(3)
+        assert volume is not None and not volume.is_read_only
+        if lost:
+            assert content(volume, 9) == b"needle 9 " * 9
+            assert volume.idx_path == f"{server.idx_directory}/3.idx"
+        else:
+            assert content(volume, 1000) == b"old" and content(volume, 9) == b"old, too"
+        assert server.files() == {"3.dat", "3.idx", "3.vif"}
+    finally:
+        fresh.close()
+        server.end()
 
 
 def test_working_files_of_a_crash_are_removed_and_others_left(target: Server) -> None:

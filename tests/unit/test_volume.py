@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from pyvolume.errors import (
     VolumeNotEmpty,
     VolumeReadOnly,
 )
-from pyvolume.storage import files, vif
+from pyvolume.storage import compact, files, vif
 from pyvolume.storage import volume as volume_module
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.volume import NeedleIn, Volume
@@ -211,6 +212,37 @@ def test_streaming_finds_rot_behind_the_last_byte(volume: Volume) -> None:
             received += piece
     assert len(received) == len(BIG)
     assert len(b"".join(volume.stream_data(needle, 0, len(BIG) - 1))) == len(BIG) - 1
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_stream_over_a_vacuum_never_goes_on_with_other_data(volume: Volume, rewritten: bool) -> None:
+    """Data of the same length that was written meanwhile was appended to the begin of the former."""
+    put(volume, 1, BIG)
+    needle = volume.read_needle(1, meta_ok=True)
+    stream = volume.stream_data(needle, 0, len(BIG) - 1, 1 << 20)  # a range: no checksum is compared at its end
+    first = next(stream)
+    if rewritten:
+        put(volume, 1, bytes(reversed(BIG)))
+    assert compact.compact(volume) and compact.commit(volume)
+    if rewritten:
+        with pytest.raises(NeedleNotFound):
+            next(stream)
+    else:
+        assert b"".join([first, *stream]) == BIG[:-1]
+
+
+def test_a_stream_over_a_vacuum_takes_a_checksum_of_old_releases_for_the_same(tmp_path: Path) -> None:
+    item = bytearray(record(1, BIG))
+    at = 16 + int.from_bytes(item[12:16], "big")
+    item[at : at + 4] = engine.crc_legacy(engine.crc32c(BIG)).to_bytes(4, "big")
+    write_volume(tmp_path, [bytes(item)])
+    with closing(load(tmp_path, 3)) as volume:
+        needle = volume.read_needle(1, meta_ok=True)
+        stream = volume.stream_data(needle, chunk_bytes=1 << 20)
+        first = next(stream)
+        assert compact.compact(volume) and compact.commit(volume)
+        assert volume.read_needle(1, meta_ok=True).checksum != needle.checksum
+        assert b"".join([first, *stream]) == BIG
 
 
 # ----------------------------------------------------------------------------------------------------------------- ttl
@@ -593,6 +625,21 @@ def test_closed_volume(tmp_path: Path) -> None:
         assert str(caught.value) == "volume 3 is closed"
     assert volume.file_count == 1, "the last figures stay"
     assert volume.to_info() is None
+
+
+@pytest.mark.parametrize(
+    "late", [Volume.set_writable, lambda volume: volume.set_read_only(can_delete=True)], ids=["writable", "can delete"]
+)
+def test_a_closed_volume_is_not_opened_anew_by_a_mark(tmp_path: Path, late: Callable[[Volume], None]) -> None:
+    """A mark that met an unmount opened the files again: two handles appended to one file after the next mount."""
+    volume = create(tmp_path)
+    volume.set_read_only(persist=True)
+    volume.close()
+    volume = load(tmp_path, 3)
+    volume.close()
+    with pytest.raises(VolumeClosed):
+        late(volume)
+    assert volume.handle.stat().closed and not volume.is_open
 
 
 def test_destroy_removes_what_belongs_to_the_volume(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from storage_util import (
@@ -35,7 +38,7 @@ from pyvolume.errors import (
     VolumeReadOnly,
 )
 from pyvolume.faults import set_points
-from pyvolume.storage import vif
+from pyvolume.storage import ec_files, vif
 from pyvolume.storage.superblock import SuperBlock
 from pyvolume.storage.volume import Volume
 from pyvolume.types import ReplicaPlacement, Ttl
@@ -703,6 +706,90 @@ def test_creation_over_existing_data_loads_it(tmp_path: Path) -> None:
     (tmp_path / "3.dat").write_bytes(b"")
     with pytest.raises(VolumeLoadError, match=r"its index .* of 16 bytes is there, its data is not"):
         create(tmp_path)
+
+
+def test_creation_does_not_empty_a_file_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stat that failed (a disk, a server of files) passed for an empty file."""
+    volume = create(tmp_path)
+    put(volume, 1, b"precious")
+    volume.close()
+    before = (tmp_path / "3.dat").read_bytes()
+    stat = os.stat
+    for extension in ("dat", "idx"):
+
+        def failing(path: Any, *args: Any, suffix: str = f"3.{extension}", **more: Any) -> os.stat_result:
+            if str(path).endswith(suffix):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path)
+            return stat(path, *args, **more)
+
+        if extension == "idx":
+            (tmp_path / "3.dat").write_bytes(b"")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", failing)
+            with pytest.raises(DiskError, match=rf"^stat {tmp_path}/3.{extension}: connection timed out$"):
+                create(tmp_path)
+        (tmp_path / "3.dat").write_bytes(before)
+    with closing(load(tmp_path, 3)) as volume:
+        assert data_of(volume, 1) == b"precious"
+
+
+@pytest.fixture
+def vif_on_a_bad_sector(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Until the patch is undone."""
+
+    def failing(path: str, mode: str) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(vif, "open", failing, raising=False)
+    return monkeypatch
+
+
+def test_a_mark_in_a_vif_that_cannot_be_read_is_not_lost(
+    tmp_path: Path, vif_on_a_bad_sector: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The volume took writes, and the next mark wrote the file anew, without what else had stood in it."""
+    volume = create(tmp_path)
+    put(volume, 1, b"x")
+    volume.save_info(lambda info: setattr(info, "replication", "001"))
+    volume.set_read_only(persist=True)
+    volume.close()
+    before = (tmp_path / "3.vif").read_bytes()
+    volume = load(tmp_path, 3)
+    assert volume.is_read_only and volume.lacks_info and data_of(volume, 1) == b"x"
+    assert f"volume 3 is read only until {tmp_path}/3.vif can be read and it is mounted again" in caplog.text
+    for change in (volume.set_writable, volume.save_info, lambda: volume.set_read_only(persist=True)):
+        with pytest.raises(StorageError, match=r"could not be read: mount the volume again$"):
+            change()
+    with pytest.raises(VolumeReadOnly):
+        put(volume, 2, b"y")
+    volume.close()
+    with pytest.raises(StorageError, match=r"^cannot create volume 4: fail to read "):
+        (tmp_path / "4.vif").write_bytes(before)
+        create(tmp_path, 4)
+    assert not (tmp_path / "4.dat").exists()
+    vif_on_a_bad_sector.undo()
+    assert (tmp_path / "3.vif").read_bytes() == before
+    with closing(load(tmp_path, 3)) as volume:
+        assert volume.is_read_only and str(volume.replica_placement) == "001"
+        volume.set_writable()
+        put(volume, 2, b"y")
+
+
+def test_shards_stay_where_a_vif_cannot_be_read(tmp_path: Path, vif_on_a_bad_sector: pytest.MonkeyPatch) -> None:
+    """Their ratio stands in it: by another one they look too short."""
+    (tmp_path / "3.dat").write_bytes(bytes(30 << 20))
+    (tmp_path / "3.ecx").write_bytes(bytes(16))
+    info = vif.VolumeInfo(version=3, ec_shard_config=vif.EcShardConfig(15, 3, 0))
+    (tmp_path / "3.vif").write_text(vif.render(info))
+    for shard in range(18):
+        (tmp_path / f"3.ec{shard:02d}").write_bytes(bytes(2 << 20))
+    assert ec_files.claim(str(tmp_path), str(tmp_path), "3") == "shards"
+    vif_on_a_bad_sector.undo()
+    assert ec_files.claim(str(tmp_path), str(tmp_path), "3") == "shards"
+    (tmp_path / "3.vif").unlink()
+    assert ec_files.claim(str(tmp_path), str(tmp_path), "3") == "volume"
 
 
 def test_last_append_time_survives_a_restart(tmp_path: Path) -> None:

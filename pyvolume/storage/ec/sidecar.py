@@ -27,7 +27,6 @@ EXTENSION: Final = ".ecsum"
 BLOCK_BYTES: Final = 16 << 20
 MAX_BLOCK_BYTES: Final = 64 << 20
 MAX_FILE_BYTES: Final = 64 << 20
-_SUM_BYTES: Final = 4 << 20
 _MAGIC: Final = b"ECSU"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct(">4sHII")
@@ -264,30 +263,6 @@ def remove_all(base: str) -> None:
     for path in (base + EXTENSION, *glob.glob(glob.escape(base + EXTENSION) + ".v*")):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-def bad_blocks(
-    file: ec.File, entry: ShardSums, block_bytes: int, go_on: Callable[[], None] = lambda: None
-) -> list[int]:
-    """Numbers of the blocks of an open shard whose checksum differs; all of them if its length does.
-
-    Raises OSError. Does not fill the page cache.
-    """
-    if os.fstat(file[0]).st_size != entry.covered:
-        return list(range(len(entry.crcs)))
-    memory = ec.scratch(1)
-    bad = []
-    for number, wanted in enumerate(entry.crcs):
-        at, end = number * block_bytes, min((number + 1) * block_bytes, entry.covered)
-        crc = 0
-        while at < end:
-            go_on()
-            stop = min(at + _SUM_BYTES, end)
-            crc = checksum(file, at, stop, crc, memory)
-            at = stop
-        if crc != wanted:
-            bad.append(number)
-    return bad
 
 
 def checksum(file: ec.File, start: int, end: int, crc: int, memory: mmap.mmap) -> int:

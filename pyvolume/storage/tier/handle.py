@@ -24,7 +24,6 @@ READ_AHEAD_THREADS: Final = 16
 
 _GIB32: Final = 1 << 35
 _META_SPAN_MAX: Final = 131072
-_HEADER: Final = struct.Struct(">IQi")
 _HEAD: Final = struct.Struct(">IQiI")
 
 
@@ -155,9 +154,3 @@ class TieredVolume(engine.Volume):
         finally:
             if ahead is not None:
                 ahead.cancel()
-
-
-def record_header(raw: memoryview | bytes) -> tuple[int, int, int]:
-    """(cookie, id, Size) of the first 16 bytes of a record."""
-    cookie, key, size = _HEADER.unpack_from(raw)
-    return cookie, key, size
