@@ -39,7 +39,8 @@ HARDENED_LINK = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
 
 _NUMERIC_DEFINE = re.compile(r"#\s*define\s+(\w+)\s+\(?(-?\s*(?:0[xX][0-9a-fA-F]+|\d+))\)?[uUlL]*\s*(?:/\*.*)?$")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_MARKS = re.compile(r"\b(?:PV_API|PV_WUR)\b")
+_MARKS = re.compile(r"\b(?:PV_API|PV_WUR|PV_QUICK)\b")
+_QUICK = re.compile(r"\bPV_API\s+PV_QUICK\b[^(;]*?\b(\w+)\(")
 
 
 def declarations(header: str) -> str:
@@ -61,13 +62,35 @@ def declarations(header: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def quick_functions(header: str) -> list[str]:
+    """The functions that the header marks PV_QUICK."""
+    return _QUICK.findall(_COMMENT.sub(" ", header))
+
+
+def preamble(header: str) -> str:
+    """What stands before cffi's wrappers. Each of those lets go of the interpreter's lock around its call, by these two
+    macros; with other threads waiting that costs more than a small function does, so the quick ones keep it. The
+    compiler knows each wrapper's name, so nothing is compared while the program runs."""
+    same = " || ".join(f'!__builtin_strcmp(name, "_cffi_f_{name}")' for name in quick_functions(header))
+    return f"""#include "pv.h"
+static inline __attribute__((always_inline)) int pv_is_quick(const char *name) {{
+    return {same};
+}}
+#undef Py_BEGIN_ALLOW_THREADS
+#undef Py_END_ALLOW_THREADS
+#define Py_BEGIN_ALLOW_THREADS {{ PyThreadState *unlocked = pv_is_quick(__func__) ? NULL : PyEval_SaveThread();
+#define Py_END_ALLOW_THREADS if (unlocked != NULL) PyEval_RestoreThread(unlocked); }}
+"""
+
+
 def make_ffi() -> FFI:
     """The builder with declarations and sources set; paths are relative to the project, as setuptools wants them."""
     ffi = FFI()
-    ffi.cdef(declarations((CSRC / "pv.h").read_text(encoding="utf-8")))
+    header = (CSRC / "pv.h").read_text(encoding="utf-8")
+    ffi.cdef(declarations(header))
     ffi.set_source(
         MODULE,
-        '#include "pv.h"\n',
+        preamble(header),
         sources=sorted(f"csrc/{path.name}" for path in CSRC.glob("pv_*.c")),
         depends=sorted(f"csrc/{path.name}" for path in CSRC.glob("pv*.h")),
         include_dirs=["csrc"],

@@ -14,7 +14,9 @@
  *   A pv_vol may be used from any number of threads. Lock order inside the engine: registry -> append mutex -> map lock.
  *   No lock survives the return of a function. Positional I/O only.
  *
- * build_ffi.py feeds this file to cffi after dropping preprocessor lines and the words PV_API and PV_WUR.
+ * build_ffi.py feeds this file to cffi after dropping preprocessor lines and the words PV_API, PV_WUR and PV_QUICK. The last
+ * marks what is over within microseconds, waits for nothing and looks at little: Python calls it with the interpreter's lock held
+ * (docs/decisions/0062-calls-that-keep-the-lock.md).
  */
 #ifndef PV_H
 #define PV_H
@@ -24,6 +26,7 @@
 
 #define PV_API __attribute__((visibility("default")))
 #define PV_WUR __attribute__((warn_unused_result))
+#define PV_QUICK
 
 /* ------------------------------------------------------------------ errors (pv_err.c) */
 
@@ -64,14 +67,14 @@ typedef struct pv_errinfo {
 } pv_errinfo;
 
 /* Name of a code, e.g. "PV_ECRC"; never NULL. Static storage. */
-PV_API const char *pv_err_name(int code);
+PV_API PV_QUICK const char *pv_err_name(int code);
 
 /* ------------------------------------------------------------------ checksum (pv_crc.c) */
 
 /* CRC-32C over buf continued from prev (0 to begin): pv_crc32c(0, "123456789", 9) == 0xe3069283. Any length. */
 PV_API uint32_t pv_crc32c(uint32_t prev, const void *buf, size_t len);
 /* The stored form used before 3.09: ((c >> 15) | (c << 17)) + 0xa282ead8. */
-PV_API uint32_t pv_crc_legacy(uint32_t crc);
+PV_API PV_QUICK uint32_t pv_crc_legacy(uint32_t crc);
 
 /* ------------------------------------------------------------------ needle records (pv_needle.c) */
 
@@ -114,9 +117,9 @@ enum pv_parse_flag { PV_PARSE_NO_CRC = 1, PV_PARSE_ANY_SIZE = 2 /* do not compar
 
 /* Length on disk of a record with this header size, padding (1..8) included. Go's formula on the signed value, so a
  * negative size gives what upstream gets (-5 -> 24 for version 3); the result may be <= 0 for hostile sizes. */
-PV_API int64_t pv_needle_record_len(int32_t size, uint8_t version);
+PV_API PV_QUICK int64_t pv_needle_record_len(int32_t size, uint8_t version);
 /* Reads cookie, id, size from 16 bytes. */
-PV_API void pv_needle_header(const uint8_t *buf16, uint32_t *cookie, uint64_t *id, int32_t *size);
+PV_API PV_QUICK void pv_needle_header(const uint8_t *buf16, uint32_t *cookie, uint64_t *id, int32_t *size);
 /* Parses one whole record (header..time; padding may be missing). Borrows buf; out points into it.
  * Errors: PV_ESIZE, PV_ECORRUPT, PV_ECRC, PV_EVERSION, PV_EEOF (buf too short). On PV_ECRC out is filled all the same. */
 PV_API int pv_needle_parse(const uint8_t *buf, size_t len, uint8_t version, int32_t expected_size, uint64_t offset,
@@ -143,8 +146,8 @@ typedef struct pv_superblock {
     uint16_t compaction_revision;
     uint16_t extra_size;
 } pv_superblock;
-PV_API void pv_superblock_parse(const uint8_t *buf8, pv_superblock *out);
-PV_API void pv_superblock_put(const pv_superblock *sb, uint8_t *buf8);
+PV_API PV_QUICK void pv_superblock_parse(const uint8_t *buf8, pv_superblock *out);
+PV_API PV_QUICK void pv_superblock_put(const pv_superblock *sb, uint8_t *buf8);
 
 /* ------------------------------------------------------------------ index rows (pv_idx.c) */
 
@@ -156,8 +159,8 @@ typedef struct pv_idx_row {
 } pv_idx_row;
 
 /* width is 4 or 5; a row has 12 + width bytes. */
-PV_API void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out);
-PV_API void pv_idx_row_put(const pv_idx_row *row, uint8_t width, uint8_t *buf);
+PV_API PV_QUICK void pv_idx_row_parse(const uint8_t *buf, uint8_t width, pv_idx_row *out);
+PV_API PV_QUICK void pv_idx_row_put(const pv_idx_row *row, uint8_t width, uint8_t *buf);
 /* Reads up to max_rows rows beginning with row number first_row; returns the number read (0 at the end; a ragged tail
  * is not a row). */
 PV_API int pv_idx_read(int fd, uint8_t width, uint64_t first_row, pv_idx_row *rows, size_t max_rows,
@@ -342,7 +345,7 @@ PV_API int pv_vol_read(pv_vol *v, uint64_t id, uint32_t flags, const pv_entry *e
                        pv_errinfo *err) PV_WUR;
 PV_API void pv_read_free(pv_read *r);
 /* Frees the buf of a pv_read whose other fields are no longer needed. NULL is fine. */
-PV_API void pv_buf_free(uint8_t *buf);
+PV_API PV_QUICK void pv_buf_free(uint8_t *buf);
 /* Reads len bytes of .dat at a byte offset into buf, if the volume still has that compaction revision (else PV_ESTALE).
  * Short at end of file: PV_EEOF. For streaming large needles. */
 PV_API int pv_vol_pread(pv_vol *v, uint64_t offset, uint8_t *buf, size_t len, uint32_t revision,
@@ -780,10 +783,11 @@ typedef struct pv_url {
 
 /* Takes a request path as sent (percent-encoded, without query) apart. Borrows raw and buf; the texts of out point into
  * raw when it holds no '%', else into buf. Errors: PV_EPARSE (bad escape, b = where), PV_EBUFFER (cap < raw_len). */
-PV_API int pv_url_parse(const char *raw, size_t raw_len, char *buf, size_t cap, pv_url *out, pv_errinfo *err) PV_WUR;
+PV_API PV_QUICK int pv_url_parse(const char *raw, size_t raw_len, char *buf, size_t cap, pv_url *out,
+                                 pv_errinfo *err) PV_WUR;
 /* The fid as POST and PUT see it: behind the last comma up to the last dot behind that (no comma: the whole path).
  * path is decoded; *fid points into it. */
-PV_API void pv_url_write_fid(const char *path, size_t n, pv_text *fid);
+PV_API PV_QUICK void pv_url_write_fid(const char *path, size_t n, pv_text *fid);
 
 enum pv_id_code {
     PV_ID_OK = 0,
@@ -808,10 +812,10 @@ typedef struct pv_id_error {
 } pv_id_error;
 
 /* 0, or PV_EPARSE with *e filled (e may be NULL). */
-PV_API int pv_vid_parse(const char *p, size_t n, uint32_t *vid, pv_id_error *e) PV_WUR;
-PV_API int pv_fid_parse(const char *p, size_t n, uint64_t *key, uint32_t *cookie, pv_id_error *e) PV_WUR;
+PV_API PV_QUICK int pv_vid_parse(const char *p, size_t n, uint32_t *vid, pv_id_error *e) PV_WUR;
+PV_API PV_QUICK int pv_fid_parse(const char *p, size_t n, uint64_t *key, uint32_t *cookie, pv_id_error *e) PV_WUR;
 /* Upstream's text for a refused id, as it stands in {"error":...} before JSON escaping, raw bytes of the input kept. */
-PV_API size_t pv_fid_error_text(const pv_id_error *e, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_fid_error_text(const pv_id_error *e, char *buf, size_t cap);
 
 /* -- ranges (6.8) */
 
@@ -832,28 +836,29 @@ enum pv_range_kind {
 };
 
 /* Returns the kind. *count: how many ranges there are (0 unless SINGLE or MULTI); the first max of them are stored. */
-PV_API int pv_range_parse(const char *p, size_t n, uint64_t total, pv_range *ranges, size_t max, size_t *count) PV_WUR;
+PV_API PV_QUICK int pv_range_parse(const char *p, size_t n, uint64_t total, pv_range *ranges, size_t max,
+                                   size_t *count) PV_WUR;
 /* "bytes 0-4/11"; an empty range at 0 of nothing is "bytes 0--1/0". */
-PV_API size_t pv_content_range(const pv_range *r, uint64_t total, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_content_range(const pv_range *r, uint64_t total, char *buf, size_t cap);
 
 /* -- dates, entity tags, conditions (6.3) */
 
 /* "Mon, 02 Jan 2006 15:04:05 GMT" (29 bytes, more after the year 9999). */
-PV_API size_t pv_http_date(int64_t unix_s, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_http_date(int64_t unix_s, char *buf, size_t cap);
 /* Only that form, with the leeway Go's parser gives it (any weekday name, letter case, fractions). 0 or PV_EPARSE. */
-PV_API int pv_http_date_parse(const char *p, size_t n, int64_t *unix_s) PV_WUR;
+PV_API PV_QUICK int pv_http_date_parse(const char *p, size_t n, int64_t *unix_s) PV_WUR;
 /* Ten bytes: quote, 8 lower-case hex digits, quote. */
-PV_API size_t pv_etag(uint32_t checksum, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_etag(uint32_t checksum, char *buf, size_t cap);
 /* 1: answer 304; 0: go on. last_modified_s 0 = none. */
-PV_API int pv_cond_eval(pv_text if_modified_since, pv_text if_none_match, uint64_t last_modified_s,
-                        uint32_t checksum) PV_WUR;
+PV_API PV_QUICK int pv_cond_eval(pv_text if_modified_since, pv_text if_none_match, uint64_t last_modified_s,
+                                 uint32_t checksum) PV_WUR;
 
 /* -- media types (13) */
 
 /* `inline; filename=a.json`, quoted or encoded as 13.1 says. */
-PV_API size_t pv_content_disposition(int attachment, const char *name, size_t n, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_content_disposition(int attachment, const char *name, size_t n, char *buf, size_t cap);
 /* Type by content of the first 512 bytes (13.2); never NULL, static storage. */
-PV_API const char *pv_sniff(const uint8_t *data, size_t len);
+PV_API PV_QUICK const char *pv_sniff(const uint8_t *data, size_t len);
 
 /* Types by extension (13.3). Built once, then only read: pv_mime_new has Go's built-in types; the caller adds those of
  * the system's files; pv_mime_seal puts the upstream binary's own list on top. Then any thread may look up. */
@@ -867,9 +872,9 @@ PV_API int pv_mime_add(pv_mime *m, const char *ext, size_t ext_len, const char *
                        int only_new) PV_WUR;
 PV_API int pv_mime_seal(pv_mime *m) PV_WUR; /* 0, PV_ENOMEM */
 /* As written, then in lower case. 1 and *type (lives as long as m), or 0 and an empty text. m must be sealed. */
-PV_API int pv_mime_lookup(const pv_mime *m, const char *ext, size_t ext_len, pv_text *type);
+PV_API PV_QUICK int pv_mime_lookup(const pv_mime *m, const char *ext, size_t ext_len, pv_text *type);
 /* Extension of a name: from the last dot of its last element, dot included; empty if none. */
-PV_API void pv_name_ext(const char *name, size_t n, pv_text *ext);
+PV_API PV_QUICK void pv_name_ext(const char *name, size_t n, pv_text *ext);
 
 /* -- answer to GET and HEAD (6.3-6.8) */
 
@@ -960,14 +965,15 @@ enum pv_get_result {
  * Returns enum pv_get_result. Errors: PV_EBUFFER (a = bytes of buf that will do, b = entries of parts that will do),
  * PV_EINVAL (compressed needle without data, data_len of 2^63 or more, no random30 where one is needed). mime may be
  * NULL (no type by extension). */
-PV_API int pv_get_plan(const pv_get_req *req, const pv_get_needle *n, const pv_mime *mime, char *buf, size_t cap,
-                       pv_body_part *parts, size_t max_parts, pv_plan *out, pv_errinfo *err) PV_WUR;
+PV_API PV_QUICK int pv_get_plan(const pv_get_req *req, const pv_get_needle *n, const pv_mime *mime, char *buf,
+                                size_t cap, pv_body_part *parts, size_t max_parts, pv_plan *out,
+                                pv_errinfo *err) PV_WUR;
 
 /* -- uploads (8) */
 
 /* What Go's form parser makes of Content-Type before a POST or PUT is looked at (8.1): 1 = the body is form fields and
  * is eaten, 0 = it is not, PV_EPARSE = answer 400 with the text *message (static storage). */
-PV_API int pv_form_check(const char *content_type, size_t n, pv_text *message) PV_WUR;
+PV_API PV_QUICK int pv_form_check(const char *content_type, size_t n, pv_text *message) PV_WUR;
 
 typedef struct pv_upload_req {
     pv_text method;
@@ -1007,7 +1013,7 @@ PV_API int pv_upload_parse(const pv_upload_req *req, char *scratch, size_t cap, 
 PV_API int pv_qp_decode(const uint8_t *in, size_t len, uint8_t *out, size_t cap, size_t *out_len) PV_WUR;
 
 /* 1 if upstream would gzip such an upload (8.4). name: base name, mime: candidate or empty (then data is sniffed). */
-PV_API int pv_should_compress(pv_text name, pv_text mime, const uint8_t *data, size_t len) PV_WUR;
+PV_API PV_QUICK int pv_should_compress(pv_text name, pv_text mime, const uint8_t *data, size_t len) PV_WUR;
 
 typedef struct pv_header {
     pv_text name;
@@ -1016,8 +1022,8 @@ typedef struct pv_header {
 
 /* JSON of the Seaweed-* headers (8.7). order is room for count numbers. Returns 1 and *len; 0 if there are none or the
  * JSON would have 65536 bytes or more; PV_EBUFFER (65536 are always enough). */
-PV_API int pv_pairs_build(const pv_header *headers, size_t count, uint32_t *order, char *buf, size_t cap,
-                          size_t *len) PV_WUR;
+PV_API PV_QUICK int pv_pairs_build(const pv_header *headers, size_t count, uint32_t *order, char *buf, size_t cap,
+                                   size_t *len) PV_WUR;
 /* Reads such JSON the way the reading side does (6.5): a value that is no string counts as "". *count: how many members
  * there are; the first max are stored, in order, repeated names kept. Names and values are decoded into buf (3 * n
  * bytes always do). 0, PV_EPARSE (not JSON, b = position; or no object), PV_EBUFFER. */
@@ -1025,28 +1031,28 @@ PV_API int pv_pairs_parse(const char *json, size_t n, char *buf, size_t cap, pv_
                           size_t *count, pv_errinfo *err) PV_WUR;
 
 /* ttl text (8.6): 1 and the stored form, or 0 and zeros (none, bad or zero). */
-PV_API int pv_ttl_parse(const char *p, size_t n, uint8_t *count, uint8_t *unit) PV_WUR;
+PV_API PV_QUICK int pv_ttl_parse(const char *p, size_t n, uint8_t *count, uint8_t *unit) PV_WUR;
 /* ts: unsigned decimal; 0 for a text that is none, UINT64_MAX above 64 bit. */
-PV_API uint64_t pv_ts_parse(const char *p, size_t n);
+PV_API PV_QUICK uint64_t pv_ts_parse(const char *p, size_t n);
 /* Go's ParseBool: 1, 0 (PV_EPARSE for another text). */
-PV_API int pv_bool_parse(const char *p, size_t n) PV_WUR;
+PV_API PV_QUICK int pv_bool_parse(const char *p, size_t n) PV_WUR;
 /* Go's ParseInt(p, 10, 64): 0, PV_EPARSE (0 in *v), PV_ERANGE (the nearest limit in *v). */
-PV_API int pv_int_parse(const char *p, size_t n, int64_t *v) PV_WUR;
+PV_API PV_QUICK int pv_int_parse(const char *p, size_t n, int64_t *v) PV_WUR;
 
 /* {"name":...,"size":...,"eTag":...,"mime":...,"contentMd5":...}, empty ones and size 0 left out (8.8). */
-PV_API size_t pv_write_reply(pv_text name, uint32_t size, uint32_t checksum, pv_text mime, pv_text md5, char *buf,
-                             size_t cap);
+PV_API PV_QUICK size_t pv_write_reply(pv_text name, uint32_t size, uint32_t checksum, pv_text mime, pv_text md5,
+                                      char *buf, size_t cap);
 
 /* -- texts (3) */
 
 /* Go's JSON string, quotes included: < > & U+2028 U+2029 escaped, invalid UTF-8 becomes \ufffd. */
-PV_API size_t pv_json_escape(const char *p, size_t n, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_json_escape(const char *p, size_t n, char *buf, size_t cap);
 /* Go's %q. */
-PV_API size_t pv_go_quote(const char *p, size_t n, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_go_quote(const char *p, size_t n, char *buf, size_t cap);
 /* Header name in Go's canonical case; one that is no token stays as it is. */
-PV_API size_t pv_header_canonical(const char *p, size_t n, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_header_canonical(const char *p, size_t n, char *buf, size_t cap);
 /* X-Amz-Request-Id: upper-case hex of ns, then 8 digits of random32. */
-PV_API size_t pv_request_id(uint64_t ns, uint32_t random32, char *buf, size_t cap);
+PV_API PV_QUICK size_t pv_request_id(uint64_t ns, uint32_t random32, char *buf, size_t cap);
 /* END pv_http */
 
 /* ------------------------------------------------------------------ fast lane (pv_lane.c) */
@@ -1148,7 +1154,7 @@ PV_API int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) PV_WUR;
 /* Starts the threads. PV_ESYS, PV_ENOMEM: nothing runs. */
 PV_API int pv_lane_start(pv_lane *l) PV_WUR;
 /* What is served from now on. A request that began to be served before this returned may still end. */
-PV_API void pv_lane_serve(pv_lane *l, uint32_t serve);
+PV_API PV_QUICK void pv_lane_serve(pv_lane *l, uint32_t serve);
 /* Where the other copies of a volume are, as `address:port` with one blank between, addresses as numbers, at most four; for
  * ttl_ms from now. Writes of the volume are then copied by the lane; "" and PV_EINVAL (anything else): by the other lane. */
 PV_API int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_ms) PV_WUR;
@@ -1158,7 +1164,7 @@ PV_API int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;
 /* Waits for connections to take over, up to timeout_ms; the count, 0 when none came. PV_ECLOSED: the lane has stopped and
  * all were taken. */
 PV_API int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max, uint32_t timeout_ms) PV_WUR;
-PV_API void pv_lane_item_free(pv_lane *l, pv_lane_item *item); /* not its fd */
+PV_API PV_QUICK void pv_lane_item_free(pv_lane *l, pv_lane_item *item); /* not its fd */
 /* Stops reading: closes the listening sockets after serving who is in their queues, closes idle connections, hands the
  * others over. Returns when that is done, so that what is left needs no taker; answers are still being sent then. */
 PV_API void pv_lane_quiesce(pv_lane *l);

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 from oracle import formats
 
 from pyvolume import _pv
-from pyvolume._native import engine
+from pyvolume._native import engine, http
 from pyvolume._native.engine import Entry, NativeError, OpenFlag, SuperBlockFields, TailVerdict, Volume
 from pyvolume.errors import NativeCode
 
@@ -611,3 +612,48 @@ def test_declarations_of_a_header() -> None:
     """
     got = [" ".join(line.split()) for line in build_script().declarations(text).splitlines()]
     assert [line for line in got if line] == ["#define A 16", "#define B 0x1f", "#define C -3", "int f(int a) ;"]
+
+
+def test_quick_functions_of_a_header() -> None:
+    pytest.importorskip("cffi")
+    header = """
+    /* PV_API PV_QUICK int not_this(void); */
+    PV_API PV_QUICK int f(int a) PV_WUR;
+    PV_API int g(int a, int b);
+    PV_API PV_QUICK const char *h(int a,
+                                  int b);
+    """
+    build = build_script()
+    assert build.quick_functions(header) == ["f", "h"]
+    assert "PV_QUICK" not in build.declarations(header)
+    ours = build.quick_functions((ROOT / "csrc" / "pv.h").read_text())
+    assert {"pv_vid_parse", "pv_get_plan", "pv_buf_free"} <= set(ours)
+    assert not {"pv_vol_read", "pv_vol_write", "pv_crc32c", "pv_upload_parse", "pv_lane_take"} & set(ours)
+
+
+def test_small_calls_woke_other_threads() -> None:
+    """With a switch interval that never ends, another thread runs only while this one lets go of the lock."""
+    turns = 0
+    over = False
+
+    def wait_for_turns() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    other = threading.Thread(target=wait_for_turns)
+    try:
+        other.start()
+        before = turns
+        for _ in range(5000):
+            http.parse_vid(b"7")
+            http.etag(1)
+        after = turns
+    finally:
+        over = True
+        sys.setswitchinterval(interval)
+        other.join()
+    assert after == before
