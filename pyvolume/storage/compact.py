@@ -111,7 +111,7 @@ def _compact(volume: Volume, preallocate_bytes: int, bytes_per_s: int, go_on: Ca
             paths,
             superblock=block.fields,
             volume_ttl_minutes=volume.ttl.minutes,
-            now_s=int(time.time()),
+            now_s=int(volume.last_modified_s + volume.idle_s()),  # not ahead of the time, wherever the clock was set
             preallocate_bytes=preallocate_bytes,
         )
         before = copy.stat()

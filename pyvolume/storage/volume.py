@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pyvolume._native import engine
 from pyvolume._native.compact import Compaction
@@ -177,6 +177,20 @@ class HandleOptions:
         return HandleOptions(maps=self.maps, map_timeout_h=self.map_timeout_h)
 
 
+def running_s() -> float:
+    """Seconds by a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class _Sight(NamedTuple):
+    """What was seen of a volume's last change: when it was, by the wall clock, and how long ago it was at least."""
+
+    modified_s: int
+    idle_s: float
+    at_s: float
+    """By running_s."""
+
+
 @dataclass
 class _Busy:
     """Who has the volume for itself (a vacuum); guarded by the condition's lock."""
@@ -251,6 +265,7 @@ class Volume:
         self._quarantined = False
         self._eio_forgiven = 0
         self._seen_on_disk_s = float("-inf")
+        self._sight = _Sight(dat_mtime_s, max(0.0, time.time() - dat_mtime_s), running_s())
 
     def __repr__(self) -> str:
         return f"<Volume {self.vid} {self.base_path} {self._state}>"
@@ -1157,21 +1172,34 @@ class Volume:
                 self._apply_read_only()
         return False
 
-    def expired(self, dat_bytes: int, volume_size_limit: int, now_s: float | None = None) -> bool:
+    def idle_s(self) -> float:
+        """Seconds since the last change: by the wall clock, but no more than can have passed since it was seen.
+
+        A wall clock that jumps ahead makes nothing old (decision 0081). To be called now and then: what happened
+        between two calls can have happened right after the former.
+        """
+        modified_s, now_s = self.last_modified_s, running_s()
+        by_wall_s = int(time.time()) - modified_s
+        sight = self._sight
+        if modified_s != sight.modified_s:
+            sight = _Sight(modified_s, max(0.0, min(by_wall_s, now_s - sight.at_s)), now_s)
+        else:
+            sight = _Sight(modified_s, sight.idle_s + now_s - sight.at_s, now_s)
+        self._sight = sight
+        return min(by_wall_s, sight.idle_s)
+
+    def expired(self, dat_bytes: int, volume_size_limit: int) -> bool:
         """Whether a ttl volume with data was idle for longer than its ttl, in whole minutes. Unknown limit: never."""
         if volume_size_limit == 0 or dat_bytes <= SUPER_BLOCK_SIZE or self.ttl.minutes == 0:
             return False
-        now = time.time() if now_s is None else now_s
-        return self.ttl.minutes < int((int(now) - self.last_modified_s) / 60)
+        return self.ttl.minutes < int(self.idle_s() / 60)
 
-    def expired_long_enough(self, now_s: float | None = None) -> bool:
+    def expired_long_enough(self) -> bool:
         """Whether an expired volume may be destroyed: a tenth of its ttl, at most 10 minutes, after it expired."""
         minutes = self.ttl.minutes
         if minutes == 0:
             return False
-        now = time.time() if now_s is None else now_s
-        delay = min(minutes // 10, MAX_REMOVAL_DELAY_MINUTES)
-        return (minutes + delay) * 60 + self.last_modified_s < int(now)
+        return (minutes + min(minutes // 10, MAX_REMOVAL_DELAY_MINUTES)) * 60 < int(self.idle_s())
 
 
 def remove_volume_files(base_path: str, keep_vif: bool) -> None:

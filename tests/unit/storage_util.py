@@ -6,12 +6,16 @@ import gzip
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pyvolume._native import engine
 from pyvolume.config import DirConfig, MinFreeSpace
+from pyvolume.storage import volume as volume_module
 from pyvolume.storage.superblock import SuperBlock
 from pyvolume.storage.volume import NeedleIn, Volume
 from pyvolume.storage.volume_load import LoadOptions, create_volume, load_volume
@@ -45,6 +49,23 @@ def config_of(*directories: Path, idx: Path | None = None, **more: Any) -> Confi
 def dir_config(directory: Path, idx: Path | None = None, **fields: Any) -> DirConfig:
     directory.mkdir(parents=True, exist_ok=True)
     return DirConfig(str(directory), str(idx) if idx else "", min_free=MinFreeSpace(None, 0), **fields)
+
+
+class Clock:
+    """The clocks that expiry goes by, in the hands of a test: that of the wall, and the one that only runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s = time.time()
+        self.running_s = 1000.0
+        monkeypatch.setattr(time, "time", lambda: self.wall_s)
+        monkeypatch.setattr(volume_module, "running_s", lambda: self.running_s)
+
+    def passes(self, seconds: float) -> None:
+        self.wall_s += seconds
+        self.running_s += seconds
+
+    def reaches(self, wall_s: float) -> None:
+        self.passes(wall_s - self.wall_s)
 
 
 def golden(name: str, target: Path) -> dict[str, Any]:

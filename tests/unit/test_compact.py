@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from storage_util import create, data_of, load, put, rows_in
+from storage_util import Clock, create, data_of, load, put, rows_in
 
 from pyvolume import faults
 from pyvolume.errors import DiskError, NeedleNotFound, NoSpace, StorageError
@@ -95,6 +95,24 @@ def test_a_needle_with_a_ttl_of_its_own_stays_until_it_expires(tmp_path: Path) -
     compact.compact(volume)
     compact.commit(volume)
     assert data_of(volume, 1) == b"an hour" * 400 and data_of(volume, 2) == b"no end"
+    volume.close()
+
+
+@pytest.mark.parametrize("volume_ttl", ["", "30m"])
+def test_a_vacuum_after_a_jump_of_the_clock_drops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, volume_ttl: str
+) -> None:
+    clock = Clock(monkeypatch)
+    volume = create(tmp_path, ttl=Ttl.parse(volume_ttl))
+    flags = FLAG_HAS_TTL | FLAG_HAS_LAST_MODIFIED
+    put(volume, 1, b"half an hour", flags=flags, ttl=Ttl.parse("30m"), last_modified_s=int(clock.wall_s))
+    clock.passes(10 * 60)
+    clock.wall_s += 10 * 365 * 86400
+    for minutes, copied in ((10, 1), (21, 0)):
+        clock.passes(minutes * 60)
+        stats = compact.compact(volume)
+        assert stats is not None and stats.copied_needles == copied and stats.expired_needles == 1 - copied
+        compact.commit(volume)
     volume.close()
 
 

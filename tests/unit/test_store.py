@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from storage_util import COOKIE, PLAIN, Config, config_of, create, data_of, dir_config, golden, put
+from storage_util import COOKIE, PLAIN, Clock, Config, config_of, create, data_of, dir_config, golden, put
 
 from pyvolume._native import engine
 from pyvolume.digest import report_hash
@@ -529,6 +528,7 @@ def test_heartbeat_list(tmp_path: Path) -> None:
 def test_expired_volumes_are_left_out_and_later_destroyed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = Clock(monkeypatch)
     volume = store.allocate_volume(3, "", PLAIN, Ttl.parse("30m"))
     put(volume, 1, b"x", last_modified_s=1)
     assert len(store.heartbeat_volumes()) == 1
@@ -536,8 +536,7 @@ def test_expired_volumes_are_left_out_and_later_destroyed(
     for late_min, listed, destroyed in ((32, True, False), (32, False, False), (34, False, True)):
         if not listed:
             store.volume_size_limit = GIB
-        now = volume.last_modified_s + late_min * 60 - 30
-        monkeypatch.setattr(time, "time", lambda now=now: now)
+        clock.reaches(volume.last_modified_s + late_min * 60 - 30)
         assert len(store.heartbeat_volumes()) == int(listed)
         assert store.has_volume(3) is not destroyed
     assert not list((tmp_path / "d0").glob("3.*"))
@@ -555,6 +554,7 @@ def test_a_new_volume_of_old_files_is_not_destroyed(store: Store) -> None:
 
 def test_a_heartbeat_never_waits_for_an_unmount(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired volume whose unmount waits for a vacuum is left for a later heartbeat."""
+    clock = Clock(monkeypatch)
     volume = store.allocate_volume(3, "", PLAIN, Ttl.parse("30m"))
     put(volume, 1, b"x", last_modified_s=1)
     store.volume_size_limit = GIB
@@ -562,8 +562,7 @@ def test_a_heartbeat_never_waits_for_an_unmount(store: Store, monkeypatch: pytes
     leaving = threading.Thread(target=store.unmount_volume, args=(3,))
     leaving.start()
     leaving.join(0.05)
-    late = volume.last_modified_s + 10_000
-    monkeypatch.setattr(time, "time", lambda: late)
+    clock.passes(10_000)
     assert store.heartbeat_volumes() == []
     assert volume.is_open
     volume.release()

@@ -15,6 +15,7 @@ import pytest
 from storage_util import (
     COOKIE,
     PLAIN,
+    Clock,
     config_of,
     create,
     data_of,
@@ -283,21 +284,86 @@ def test_expiry_goes_by_the_append_time(tmp_path: Path, age_s: int, flags: int, 
     volume.close()
 
 
-def test_expiry_of_a_volume(tmp_path: Path) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_expiry_of_a_volume(tmp_path: Path, clock: Clock) -> None:
     volume = create(tmp_path, ttl=Ttl.parse("30m"))
     put(volume, 1, b"x", last_modified_s=int(time.time()) + 1000)
     last = volume.last_modified_s
     limit, size = 1 << 30, volume.dat_bytes
-    assert not volume.expired(size, limit, last + 31 * 60 - 1)
-    assert volume.expired(size, limit, last + 31 * 60)
-    assert not volume.expired(size, 0, last + 31 * 60), "the limit is not known yet"
-    assert not volume.expired(8, limit, last + 31 * 60), "nothing in it"
-    assert not volume.expired_long_enough(last + 33 * 60)
-    assert volume.expired_long_enough(last + 33 * 60 + 1)
+    clock.reaches(last)
+    assert not volume.expired(size, limit)
+    clock.reaches(last + 31 * 60 - 1)
+    assert not volume.expired(size, limit)
+    clock.reaches(last + 31 * 60)
+    assert volume.expired(size, limit)
+    assert not volume.expired(size, 0), "the limit is not known yet"
+    assert not volume.expired(8, limit), "nothing in it"
+    clock.reaches(last + 33 * 60)
+    assert not volume.expired_long_enough()
+    clock.reaches(last + 33 * 60 + 1)
+    assert volume.expired_long_enough()
     volume.close()
     forever = create(tmp_path, 4)
-    assert not forever.expired(1000, limit, 1 << 40) and not forever.expired_long_enough(1 << 40)
+    clock.reaches(1 << 40)
+    assert not forever.expired(1000, limit) and not forever.expired_long_enough()
     forever.close()
+
+
+YEARS_S = 10 * 365 * 86400
+
+
+def test_a_clock_that_jumps_ahead_makes_nothing_old(tmp_path: Path, clock: Clock) -> None:
+    """All volumes with a ttl were destroyed by the next heartbeat, with what was acknowledged a moment ago."""
+    volume = create(tmp_path, ttl=Ttl.parse("30m"))
+    limit, size = 1 << 30, put(volume, 1, b"x", last_modified_s=int(clock.wall_s)).offset + 64
+    assert not volume.expired(size, limit)
+    clock.passes(5 * 60)
+    assert not volume.expired(size, limit)
+    clock.passes(2)
+    put(volume, 2, b"y", last_modified_s=int(clock.wall_s))
+    clock.wall_s += YEARS_S
+    for _ in range(31):  # the first heartbeat that sees the second needle comes after the jump
+        assert not volume.expired(size, limit) and not volume.expired_long_enough()
+        clock.passes(60)
+    assert volume.expired(size, limit), "half an hour is over by any clock"
+    assert not volume.expired_long_enough()
+    put(volume, 3, b"z", last_modified_s=int(clock.wall_s))
+    assert not volume.expired(size, limit)
+    clock.wall_s -= YEARS_S
+    clock.passes(34 * 60)
+    assert not volume.expired(size, limit), "changed in what is the future again"
+    volume.close()
+
+
+def test_a_clock_that_was_set_after_the_start_makes_nothing_old(tmp_path: Path, clock: Clock) -> None:
+    """A machine without a clock of its own begins in 1970."""
+    now_s, clock.wall_s = clock.wall_s, 100.0
+    volume = create(tmp_path, ttl=Ttl.parse("30m"))
+    volume._last_modified_floor_s = volume._dat_mtime_s = 100
+    put(volume, 1, b"x", last_modified_s=110)
+    size, limit = volume.dat_bytes, 1 << 30
+    assert not volume.expired(size, limit)
+    clock.wall_s = now_s
+    assert not volume.expired(size, limit) and not volume.expired_long_enough()
+    clock.passes(31 * 60)
+    assert volume.expired(size, limit) and not volume.expired_long_enough()
+    clock.passes(2 * 60 + 1)
+    assert volume.expired_long_enough()
+    volume.close()
+
+
+def test_age_at_the_start_counts(tmp_path: Path, clock: Clock) -> None:
+    volume = create(tmp_path, ttl=Ttl.parse("30m"))
+    put(volume, 1, b"x", last_modified_s=1)
+    size = volume.dat_bytes
+    volume.close()
+    os.utime(tmp_path / "3.dat", (clock.wall_s - 3600, clock.wall_s - 3600))
+    with closing(load(tmp_path, 3)) as volume:
+        assert volume.expired(size, 1 << 30) and volume.expired_long_enough()
 
 
 # ----------------------------------------------------------------------------------------------------------- read-only
