@@ -233,7 +233,8 @@ enum pv_vol_flag {
     PV_VOL_NO_WRITE = 16,    /* start with writes refused */
     PV_VOL_NO_DELETE = 32,   /* start with deletes refused too */
     PV_VOL_SORTED_MAP = 64,  /* the map is a sorted file, opts.sdx_path: for volumes that take no writes */
-    PV_VOL_REMOTE = 128 /* there is no .dat here: look-ups and deletes only, who reads fetches the bytes elsewhere */
+    PV_VOL_REMOTE = 128, /* there is no .dat here: look-ups and deletes only, who reads fetches the bytes elsewhere */
+    PV_VOL_FLUSH_FAILED = 256 /* a flush of this .dat failed before: what the page cache shows need not be on disk */
 };
 
 typedef struct pv_vol_opts {
@@ -277,7 +278,7 @@ typedef struct pv_vol_stats {
     uint8_t no_write;
     uint8_t no_delete;
     uint8_t closed;
-    uint8_t reserved;
+    uint8_t flush_failed; /* a flush of .dat failed, once: for PV_VOL_FLUSH_FAILED when the files are opened anew */
 } pv_vol_stats;
 
 /* Opens (or creates) a volume: opens both files, reads the super block, loads the map. Checks nothing else (callers use
@@ -512,7 +513,7 @@ typedef struct pv_compact_stats {
     uint64_t caught_up_rows; /* keys changed meanwhile and brought over */
     uint64_t caught_up_to;   /* byte offset of the old file up to which rounds without a lock have come */
     int32_t first_dropped_code;
-    uint32_t marker_left; /* a failed commit could not remove its marker */
+    uint32_t marker_left; /* a failed commit could not remove its marker durably: the handle refuses all changes */
 } pv_compact_stats;
 
 typedef struct pv_compact_names {

@@ -683,6 +683,13 @@ static int make_marker(const pv_compact_names *n, pv_errinfo *err) {
     return rc < 0 ? rc : pv__io_sync_dir(n->dat_dir, err);
 }
 
+/* After a marker that could not be made. False: it may be on disk. */
+static bool take_marker_back(const pv_compact_names *n) {
+    pv_errinfo err = {0};
+    int rc = pv__io_unlink(n->cpc_path, &err);
+    return (rc == 0 || (rc == PV_ESYS && err.sys_errno == ENOENT)) && pv__io_sync_dir(n->dat_dir, NULL) == 0;
+}
+
 static int swap_names(const pv_compact_names *n, pv_errinfo *err) {
     int rc = pv__io_rename(n->cpd_path, n->dat_path, err);
     if (rc == 0) {
@@ -739,10 +746,12 @@ static int commit_locked(pv_compact *c, const pv_compact_names *n, pv_errinfo *e
     }
     if (rc == 0) {
         rc = make_marker(n, err);
-        if (rc < 0 && (pv__io_unlink(n->cpc_path, NULL) < 0 || pv__io_sync_dir(n->dat_dir, NULL) < 0)) {
+        if (rc < 0 && !take_marker_back(n)) {
             /* A marker that may or may not be on disk: with complete new files either is a consistent state, until the
-             * next write. The caller removes the new files, then the marker. */
+             * next change, so there is none before the caller has removed the new files, then the marker. */
             c->stats.marker_left = 1;
+            atomic_store(&v->no_write, true);
+            atomic_store(&v->no_delete, true);
         }
     }
     if (rc < 0) {

@@ -363,6 +363,7 @@ int pv_vol_open(const pv_vol_opts *opts, pv_vol **out, pv_errinfo *err) {
     atomic_init(&v->no_write, files_ro || (opts->flags & (PV_VOL_SORTED_MAP | PV_VOL_REMOTE | PV_VOL_NO_WRITE |
                                                           PV_VOL_NO_DELETE)) != 0);
     atomic_init(&v->no_delete, files_ro || (opts->flags & PV_VOL_NO_DELETE) != 0);
+    atomic_init(&v->flush_failed, (opts->flags & PV_VOL_FLUSH_FAILED) != 0);
     g->refs = 1;
     g->dat_fd = -1;
     g->idx_fd = -1;
@@ -507,6 +508,7 @@ int pv_vol_stat(pv_vol *v, pv_vol_stats *out) {
     out->offset_width = v->width;
     out->no_write = atomic_load(&v->no_write);
     out->no_delete = atomic_load(&v->no_delete);
+    out->flush_failed = atomic_load(&v->flush_failed);
     return 0;
 }
 
@@ -1739,10 +1741,10 @@ int pv_vol_set_readonly(pv_vol *v, uint8_t no_write, uint8_t no_delete) {
     if ((may_append && (v->flags & (PV_VOL_DAT_READONLY | PV_VOL_IDX_READONLY))) ||
         (no_write == 0 && (v->flags & (PV_VOL_SORTED_MAP | PV_VOL_REMOTE)))) {
         rc = PV_EREADONLY;
-    } else if (may_append && v->torn) {
+    } else if (v->torn) {
         if ((!(v->flags & PV_VOL_REMOTE) && cut_back(v->gen->dat_fd, pv__load_u64(&v->gen->dat_end)) < 0) ||
             cut_back(v->gen->idx_fd, pv__load_u64(&v->gen->idx_end)) < 0) {
-            rc = PV_ESYS;
+            rc = may_append ? PV_ESYS : 0;
         } else {
             v->torn = false;
         }

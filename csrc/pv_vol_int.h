@@ -65,12 +65,12 @@ struct pv_vol {
     pthread_cond_t flush_cond; /* pending records were resolved, or flushing ended */
     pend *pend_head;           /* ascending offsets */
     pend *pend_tail;
-    bool swapping;        /* a change of generation waits: nobody may join the pending records */
-    bool flushing;        /* one thread flushes, with append_lock dropped */
-    bool doubtful;        /* rows at the end of .idx may be taken back: their flush is under way */
-    bool flush_failed;    /* once, ever */
-    bool torn;            /* bytes behind dat_end or idx_end could not be cut off */
-    uint64_t max_row_end; /* furthest end of a record whose row was written since open */
+    bool swapping;             /* a change of generation waits: nobody may join the pending records */
+    bool flushing;             /* one thread flushes, with append_lock dropped */
+    bool doubtful;             /* rows at the end of .idx may be taken back: their flush is under way */
+    _Atomic bool flush_failed; /* once, ever; written under append_lock */
+    bool torn;                 /* bytes behind dat_end or idx_end could not be cut off */
+    uint64_t max_row_end;      /* furthest end of a record whose row was written since open */
 
     /* written under append_lock, read anywhere */
     _Atomic bool no_write;

@@ -182,6 +182,7 @@ class Lib:
     PV_URL_VID_ONLY: Final[int]
     PV_VOL_CREATE: Final[int]
     PV_VOL_DAT_READONLY: Final[int]
+    PV_VOL_FLUSH_FAILED: Final[int]
     PV_VOL_IDX_READONLY: Final[int]
     PV_VOL_NO_DELETE: Final[int]
     PV_VOL_NO_MAP: Final[int]

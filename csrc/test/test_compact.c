@@ -481,6 +481,62 @@ static void every_failing_call_leaves_a_whole_volume(void) {
     }
 }
 
+/* The marker is made, but not surely: its flush fails, and so does the way back. */
+typedef struct marker_fault {
+    enum pv__io_op way_back;
+    bool is_made;
+    bool flush_failed;
+} marker_fault;
+
+static int fail_marker(void *ctx, const pv__io_event *ev, size_t *len) {
+    marker_fault *f = ctx;
+    (void)len;
+    if (ev->op == PV__IO_OPEN && strstr(ev->path, ".cpc") != NULL) {
+        f->is_made = true;
+        return f->way_back == PV__IO_OPEN ? ENOSPC : 0;
+    }
+    if (f->is_made && !f->flush_failed && ev->op == PV__IO_SYNC) {
+        f->flush_failed = true;
+        return EIO;
+    }
+    return f->flush_failed && ev->op == f->way_back ? EIO : 0;
+}
+
+static void no_change_behind_a_marker_that_may_be_on_the_disk(void) {
+    const enum pv__io_op ways[] = {PV__IO_UNLINK, PV__IO_SYNC_DIR, PV__IO_OPEN};
+    for (size_t i = 0; i < PV__ARRAY_LEN(ways); i++) {
+        bool left = ways[i] != PV__IO_OPEN; /* else there is none, and its absence is no trouble */
+        place p = new_place();
+        pv_errinfo err;
+        pv_vol *v = open_vol(&p, PV_VOL_CREATE, 4);
+        put(v, 1, 1, 0);
+        put(v, 2, 2, 0);
+        pv_compact *c;
+        CHECK_EQ(run_compact(&p, v, &c, &err), 0);
+        marker_fault f = {.way_back = ways[i]};
+        pv__io_set_hook(fail_marker, &f);
+        CHECK_EQ(commit(&p, c, &err), PV_ESYS);
+        pv__io_set_hook(NULL, NULL);
+        pv_compact_stats stats;
+        pv_compact_stat(c, &stats);
+        CHECK_EQ(stats.marker_left, left);
+        pv_compact_free(c);
+        const pv_needle n = {.id = 3, .cookie = 1, .data = (const uint8_t *)"late", .data_size = 4};
+        pv_write_res res;
+        CHECK_EQ(pv_vol_write(v, &n, PV_WRITE_FSYNC, NULL, &res, &err), left ? PV_EREADONLY : 0);
+        int32_t size;
+        CHECK_EQ(pv_vol_delete(v, 1, 0x1234, 0, 0, NULL, &size, &res, &err), left ? PV_EREADONLY : 0);
+        check_key(v, 2, 2);
+        unlink(p.cpd);
+        unlink(p.cpx);
+        unlink(p.cpc);
+        CHECK_EQ(pv_vol_set_readonly(v, 0, 0), 0);
+        put(v, 4, 4, PV_WRITE_FSYNC);
+        pv_vol_unref(v);
+        drop_place(&p);
+    }
+}
+
 int main(void) {
     RUN(compact_keeps_just_what_is_live);
     RUN(an_empty_volume_and_one_without_changes_can_be_compacted);
@@ -489,5 +545,6 @@ int main(void) {
     RUN(only_the_first_of_two_vacuums_commits);
     RUN(writers_and_readers_run_through_vacuums);
     RUN(every_failing_call_leaves_a_whole_volume);
+    RUN(no_change_behind_a_marker_that_may_be_on_the_disk);
     return T_END();
 }

@@ -1032,10 +1032,12 @@ static void test_rollback_fails(void) {
     CHECK_EQ(write_flags(v, 2, "second", 6, 0, &err), PV_EREADONLY);
     CHECK_EQ(pv_vol_set_readonly(v, 0, 0), PV_ESYS);
     CHECK_EQ(stat_of(v).no_write, 1);
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 1), 0); /* refusing is always possible */
     no_faults();
     CHECK(file_len(p.dat) > dat);
-    CHECK_EQ(pv_vol_set_readonly(v, 0, 0), 0);
+    CHECK_EQ(pv_vol_set_readonly(v, 1, 1), 0); /* whoever opens the files next finds no half of an append */
     CHECK_EQ(file_len(p.dat), dat);
+    CHECK_EQ(pv_vol_set_readonly(v, 0, 0), 0);
     put(v, 2, "second");
     expect_text(v, 1, "first");
     close_and_drop(v);
@@ -2029,7 +2031,22 @@ static void test_flush_unchanged_and_sync(void) {
     CHECK_EQ(pv_vol_sync(v, &err), PV_ESYS);
     CHECK_EQ(err.d, 1);
     gate_done(&g);
+    CHECK_EQ(stat_of(v).flush_failed, 1);
     close_and_drop(v);
+
+    /* A handle that is told of it trusts the page cache no more than the one before. */
+    for (uint32_t flags = 0; flags <= PV_VOL_FLUSH_FAILED; flags += PV_VOL_FLUSH_FAILED) {
+        pv_vol_opts o = opts_for(&p);
+        o.flags = flags;
+        v = open_with(&o);
+        CHECK_EQ(stat_of(v).flush_failed, flags != 0);
+        uint64_t before = stat_of(v).dat_bytes;
+        CHECK_EQ(write_flags(v, 1, "aaaaa", 5, PV_WRITE_FSYNC, &err), 0);
+        CHECK_EQ(stat_of(v).dat_bytes - before, flags != 0 ? REC5 : 0);
+        CHECK_EQ(write_flags(v, 1, "aaaaa", 5, 0, &err), 0);
+        CHECK_EQ(stat_of(v).dat_bytes - before, flags != 0 ? REC5 : 0);
+        close_and_drop(v);
+    }
     drop_place(&p);
 }
 

@@ -40,6 +40,8 @@ class CompactStats(NamedTuple):
     new_dat_bytes: int
     new_idx_rows: int
     caught_up_rows: int
+    marker_left: int
+    """Not 0: a failed commit could not remove its marker durably, and the handle refuses all changes."""
 
 
 class CompactPaths(NamedTuple):

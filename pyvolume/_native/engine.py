@@ -556,6 +556,7 @@ class OpenFlag(enum.IntFlag):
     NO_DELETE = 32  # start with deletes refused, too
     SORTED_MAP = 64  # the map is the sorted file given: for volumes that take no writes
     REMOTE = 128  # there is no .dat here: look-ups and deletes only
+    FLUSH_FAILED = 256  # a flush of this .dat failed before: what the page cache shows need not be on disk
 
 
 class Entry(NamedTuple):
@@ -603,9 +604,11 @@ class VolumeStat:
     no_write: bool
     no_delete: bool
     closed: bool
+    flush_failed: bool
+    """Whether a flush of .dat failed, once: OpenFlag.FLUSH_FAILED when the files are opened anew."""
 
 
-_STAT: Final = struct.Struct("=15QIHBB???5x")
+_STAT: Final = struct.Struct("=15QIHBB????4x")
 _check_layout("pv_vol_stats", _STAT, tuple(VolumeStat.__slots__))
 
 

@@ -237,18 +237,14 @@ def _commit(volume: Volume, copy: Compaction) -> None:
         unfinished = copy.commit()
         adopt_or_log(volume.handle)
     except engine.NativeError as exc:
-        _drop_prepared(volume)
-        _give_up(copy, paths)
-        _settle_quietly(volume)
+        _give_commit_up(volume, copy)
         if exc.code == NativeCode.ESTALE:
             raise StorageError(
                 f"current old dat file's compact revision {exc.info.b} is not the expected one {exc.info.a - 1}"
             ) from exc
         raise from_native(exc.code, exc.info, vid=volume.vid, path=paths.cpd, operation="write") from exc
     except OSError as exc:
-        _drop_prepared(volume)
-        _give_up(copy, paths)
-        _settle_quietly(volume)
+        _give_commit_up(volume, copy)
         raise from_os_error(exc, "write", paths.cpd) from exc
     copy.close()
     volume.compacted()
@@ -276,22 +272,27 @@ def _commit(volume: Volume, copy: Compaction) -> None:
         log.warning("volume %d: %s is left, the next load removes it: %s", volume.vid, paths.cpc, exc)
 
 
-def _settle_quietly(volume: Volume) -> None:
+def _give_commit_up(volume: Volume, copy: Compaction) -> None:
     """After a commit that failed; what does not work now is done before the next vacuum."""
+    volume.marker_left = bool(copy.stat().marker_left)
+    _drop_prepared(volume)
+    _give_up(copy, copy.paths)
     try:
         settle_marker(volume)
     except StorageError as exc:
-        log.warning("volume %d: a marker is left: %s", volume.vid, exc)
+        what = "it is read only until a vacuum can remove it, or the next mount" if volume.marker_left else "it stays"
+        log.error("volume %d: a marker of a commit that failed is left, %s: %s", volume.vid, what, exc)
 
 
 def settle_marker(volume: Volume) -> None:
     """Does what the marker of an earlier commit still asks for, and removes it. Raises DiskError; blocks on disk.
+    Failpoint: compact.settle_marker.
 
     Must come before new files of that name are made: the marker would put a half-made copy in place at the next load,
     and a swap whose renames failed has the volume's own files under those names.
     """
     paths = paths_of(volume)
-    if not files.exists(paths.cpc):
+    if not files.exists(paths.cpc) and not volume.marker_left:
         return
     try:
         for source, target in ((paths.cpd, paths.dat), (paths.cpx, paths.idx)):
@@ -305,10 +306,15 @@ def settle_marker(volume: Volume) -> None:
             for extension in (".ldb", ".rdb"):
                 files.remove_if_exists(volume.idx_base_path + extension)
         volume.swap_unfinished = False
-        os.unlink(paths.cpc)
+        fault("compact.settle_marker")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(paths.cpc)
         files.sync_dir(paths.dat_dir)
     except OSError as exc:
         raise from_os_error(exc, "settle", paths.cpc) from exc
+    if volume.marker_left:
+        volume.marker_left = False
+        volume.refresh_read_only()
 
 
 def cleanup(volume: Volume) -> None:

@@ -246,6 +246,9 @@ class Volume:
         """How far in .dat the copy of a vacuum under way is; read anywhere, written by the vacuum."""
         self.swap_unfinished = False
         """Renames of the last commit are still to be made, its marker is there; guarded by the claim."""
+        self.marker_left = False
+        """A commit failed and its marker may be on the disk: a change now could be lost at the next start, so there is
+        none. Set under the claim."""
         self._handle = handle
         self._options = options
         self._state_lock = WatchedLock(f"the state of volume {vid}")
@@ -393,8 +396,8 @@ class Volume:
 
     @property
     def no_write_or_delete(self) -> bool:
-        """Marked so, or on its way to a remote store."""
-        return self._no_write_or_delete or self._is_moving
+        """Marked so, on its way to a remote store, or with the marker of a failed commit on the disk."""
+        return self._no_write_or_delete or self._is_moving or self.marker_left
 
     @property
     def no_write_can_delete(self) -> bool:
@@ -516,6 +519,7 @@ class Volume:
         old = self._handle
         self._refuse_all(old)
         try:
+            self._check_files(old)
             new = open_handle(
                 self.dat_path,
                 f"{idx_directory}/{volume_base_name(self.collection, self.vid)}.idx",
@@ -524,6 +528,7 @@ class Volume:
                 offset_width=self.offset_width,
                 ttl=self.ttl,
                 last_append_at_ns=old.stat().last_append_at_ns,
+                flush_failed=old.stat().flush_failed,
             )
             try:
                 settle()
@@ -535,6 +540,21 @@ class Volume:
             self._apply_read_only()
             raise
         self._take_over(new, options, idx_directory)
+
+    def _check_files(self, old: engine.Volume) -> None:
+        """Whether another handle would find just what the old one has. Raises StorageError, DiskError.
+
+        It would take what a failed append left behind the end, and the old one cannot cut off, for data.
+        """
+        if self.swap_unfinished:
+            raise StorageError(f"volume {self.vid}: the files of its last vacuum are not all in place")
+        if isinstance(old, TieredVolume):
+            return
+        stat = old.stat()
+        for path, end in ((self.dat_path, stat.dat_bytes), (self.idx_path, stat.idx_bytes)):
+            if files.check_file(path).size > end:
+                text = f"volume {self.vid}: half an append cannot be cut off {path} at {end}"
+                raise disk_error(text, errno.EIO, path=path, offset=end)
 
     def _take_over(self, new: engine.Volume, options: HandleOptions, idx_directory: str) -> None:
         """Needs the state lock. Serves from a new handle from now on and closes the old one."""
@@ -1237,10 +1257,12 @@ def open_handle(
     ttl: Ttl,
     last_append_at_ns: int = 0,
     read_only: tuple[bool, bool] = (False, False),
+    flush_failed: bool = False,
     create: SuperBlock | None = None,
     preallocate_bytes: int = 0,
 ) -> engine.Volume:
     """Opens, or creates, the two files in the engine. `read_only` is (no write, no delete) to begin with.
+    `flush_failed`: a flush of the data failed under the handle before this one.
 
     A map on disk that can be neither read nor made is held in memory instead; the log says so. Raises DiskError with
     upstream's words for the file that failed, VolumeLoadError. Blocks on disk: the whole index is read.
@@ -1262,6 +1284,8 @@ def open_handle(
         flags |= engine.OpenFlag.NO_WRITE
     if read_only[1]:
         flags |= engine.OpenFlag.NO_DELETE
+    if flush_failed:
+        flags |= engine.OpenFlag.FLUSH_FAILED
     if create is not None:
         flags |= engine.OpenFlag.CREATE
     try:
@@ -1298,6 +1322,7 @@ def open_handle(
             ttl=ttl,
             last_append_at_ns=last_append_at_ns,
             read_only=read_only,
+            flush_failed=flush_failed,
         )
     except engine.NativeError as exc:
         number = exc.info.sys_errno

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from storage_util import COOKIE, config_of, create, data_of, load, put, record, 
 from pyvolume import faults
 from pyvolume._native import engine
 from pyvolume._native.compact import Compaction
-from pyvolume.errors import CorruptNeedle, DiskError, NeedleNotFound
+from pyvolume.errors import CorruptNeedle, DiskError, NeedleNotFound, StorageError, VolumeReadOnly
 from pyvolume.storage import compact, compact_recovery, volume_load
 from pyvolume.storage.disk_location import DiskLocation
-from pyvolume.storage.volume import Volume
+from pyvolume.storage.volume import NeedleIn, Volume
 
 ROW = 16
 
@@ -26,6 +27,10 @@ def filled(directory: Path, keys: range = range(1, 9)) -> Volume:
     for key in keys:
         put(volume, key, b"data %d" % key)
     return volume
+
+
+def put_synced(volume: Volume, key: int, data: bytes) -> engine.WriteResult:
+    return volume.write_needle(NeedleIn(key, COOKIE, data, 0x0E, last_modified_s=1_700_000_000), fsync=True)
 
 
 def make_newer(path: Path) -> None:
@@ -196,6 +201,93 @@ def test_marker_that_stayed_does_not_commit_the_next_copy(tmp_path: Path) -> Non
     assert (tmp_path / "3.cpc").exists()
     assert compact.compact(volume) is not None
     assert not (tmp_path / "3.cpc").exists()
+    volume.close()
+
+
+def test_no_change_behind_a_marker_that_may_be_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Making the marker failed, and so did taking it back; what was written then, flushed or not, was in none of the
+    files that the next start would have put in place."""
+    volume = filled(tmp_path)
+    assert compact.compact(volume) is not None
+    stat = Compaction.stat
+
+    def failing(copy: Compaction) -> None:
+        (tmp_path / "3.cpc").touch()
+        volume.handle.set_readonly(True, True)  # as the engine does
+        raise engine.NativeError(-1000, engine.NativeInfo(-1000, errno.EIO, 0, 0, 0, 0))
+
+    with monkeypatch.context() as patch, faults.set_points("compact.settle_marker=error:EIO"):
+        patch.setattr(Compaction, "commit", failing)
+        patch.setattr(Compaction, "stat", lambda copy: stat(copy)._replace(marker_left=1))
+        with pytest.raises(DiskError):
+            compact.commit(volume)
+    assert "a marker of a commit that failed is left, it is read only until a vacuum can remove it" in caplog.text
+    assert volume.is_read_only and (tmp_path / "3.cpc").exists() and not (tmp_path / "3.cpd").exists()
+    volume.refresh_read_only()
+    volume.set_writable()
+    for attempt in (lambda: put_synced(volume, 30, b"late"), lambda: volume.delete_needle(1, COOKIE)):
+        with pytest.raises(VolumeReadOnly):
+            attempt()
+    assert data_of(volume, 1) == b"data 1"
+    assert compact.compact(volume) is not None
+    assert not volume.is_read_only and not (tmp_path / "3.cpc").exists()
+    put(volume, 30, b"late")
+    volume.delete_needle(1, COOKIE)
+    assert compact.commit(volume)
+    assert data_of(volume, 30) == b"late" and absent(volume, 1)
+    volume.close()
+
+
+def test_files_of_two_vacuums_are_not_opened_together(tmp_path: Path) -> None:
+    """Where the renames of a commit are not all made, the names belong to files that do not belong together."""
+    volume = filled(tmp_path)
+    volume.swap_unfinished = True
+    (tmp_path / "idx").mkdir()
+    with pytest.raises(StorageError, match="the files of its last vacuum are not all in place"):
+        volume.relocate_index(str(tmp_path / "idx"))
+    put(volume, 30, b"late")
+    assert volume.idx_path == f"{tmp_path}/3.idx" and not list((tmp_path / "idx").iterdir())
+    volume.swap_unfinished = False
+    volume.close()
+
+
+def test_half_an_append_does_not_become_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was left where the disk refused to cut it off. A handle opened anew, to move the index, began behind it: for a
+    later repair the records ended there."""
+    volume = filled(tmp_path)
+    (tmp_path / "idx").mkdir()
+    for path in (tmp_path / "3.dat", tmp_path / "3.idx"):
+        size = path.stat().st_size
+        with path.open("ab") as file:
+            file.write(b"half an append")
+        with pytest.raises(StorageError, match=rf"half an append cannot be cut off {path} at {size}$"):
+            volume.relocate_index(str(tmp_path / "idx"))
+        os.truncate(path, size)
+        put(volume, 30, b"goes on")
+    assert not list((tmp_path / "idx").iterdir())
+    volume.relocate_index(str(tmp_path / "idx"))
+    put(volume, 31, b"goes on")
+    volume.close()
+
+
+def test_a_failed_flush_is_not_forgotten_when_the_files_are_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same data with fsync was answered as there, though the disk had lost it and only the page cache had not."""
+    volume = filled(tmp_path)
+    (tmp_path / "idx").mkdir()
+    assert not volume.stat().flush_failed
+    stat = engine.Volume.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Volume, "stat", lambda handle: replace(stat(handle), flush_failed=True))
+        volume.relocate_index(str(tmp_path / "idx"))
+    assert volume.stat().flush_failed
+    assert not put_synced(volume, 1, b"data 1").unchanged
+    assert put(volume, 1, b"data 1").unchanged
+    assert compact.compact(volume) is not None and compact.commit(volume)
+    assert not volume.stat().flush_failed, "all of the new files was flushed"
     volume.close()
 
 
