@@ -661,6 +661,11 @@ PV_API int pv_ec_sum(const pv_ec_file *file, uint64_t from, uint64_t to, uint32_
 /* Makes len bytes of one shard of the same bytes of `data` others, whose ids ascend. No I/O. PV_EINVAL. */
 PV_API int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const uint8_t *const *pieces,
                          size_t len, uint8_t wanted, uint8_t *out, pv_errinfo *err) PV_WUR;
+/* Reads bytes [from, from + len) of a .dat out of its shards. Where a shard is not there (fds[shard] < 0, one for each of
+ * the ratio), its bytes are made of the same ones of the first `data` shards that are. Descriptors are borrowed.
+ * Errors: PV_ERANGE (a = shards there are, b = needed), PV_EEOF and PV_ESYS (d = the shard), PV_EINVAL, PV_ENOMEM. */
+PV_API int pv_ec_read(const int32_t *fds, const pv_ec_layout *layout, uint64_t from, size_t len, uint8_t *out,
+                      pv_errinfo *err) PV_WUR;
 /* Writes the live rows of the first `rows` rows of an index by key, one for each key: what replaying the index leaves.
  * Takes 24 bytes of memory for each row, 48 if the index is not sorted. Errors: PV_EEOF, PV_EINVAL, PV_ENOMEM, PV_ESYS. */
 PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd, uint64_t *live,

@@ -253,6 +253,18 @@ int pv_ec_rebuild(uint32_t data, uint32_t parity, const pv_ec_file *in, const pv
     return rc;
 }
 
+/* The shard with a byte of the .dat, its place there, and how many bytes the block has from it on. */
+static uint32_t shard_at(const pv_ec_layout *l, uint64_t at, uint64_t *place, uint64_t *left) {
+    const uint64_t large_bytes = l->large_rows * l->large_block * l->data_shards;
+    int is_large = at < large_bytes;
+    uint64_t block = is_large ? l->large_block : l->small_block;
+    uint64_t within = is_large ? at : at - large_bytes;
+    uint64_t inner = within % block;
+    *place = (is_large ? 0 : l->large_rows * l->large_block) + within / block / l->data_shards * block + inner;
+    *left = block - inner;
+    return (uint32_t)(within / block % l->data_shards);
+}
+
 int pv_ec_decode(const pv_ec_file *in, const pv_ec_layout *l, const pv_ec_file *out, uint64_t from, uint64_t to,
                  void *scratch, size_t scratch_len, pv_errinfo *err) {
     uint8_t *buf;
@@ -260,16 +272,11 @@ int pv_ec_decode(const pv_ec_file *in, const pv_ec_layout *l, const pv_ec_file *
         return pv__fail(err, PV_EINVAL, from, to, 0, 0);
     }
     int rc = split_scratch(&buf, 1, scratch, scratch_len, err);
-    const uint64_t large_bytes = l->large_rows * l->large_block * l->data_shards;
     for (uint64_t at = from; rc == 0 && at < to;) {
-        int is_large = at < large_bytes;
-        uint64_t block = is_large ? l->large_block : l->small_block;
-        uint64_t within = is_large ? at : at - large_bytes;
-        uint64_t inner = within % block;
-        uint32_t shard = (uint32_t)(within / block % l->data_shards);
-        uint64_t place =
-            (is_large ? 0 : l->large_rows * l->large_block) + within / block / l->data_shards * block + inner;
-        size_t len = block - inner < PV_EC_CHUNK ? (size_t)(block - inner) : PV_EC_CHUNK;
+        uint64_t place;
+        uint64_t left;
+        uint32_t shard = shard_at(l, at, &place, &left);
+        size_t len = left < PV_EC_CHUNK ? (size_t)left : PV_EC_CHUNK;
         len = to - at < len ? (size_t)(to - at) : len;
         rc = read_full(&in[shard], buf, len, place, shard, err);
         if (rc == 0) {
@@ -298,6 +305,31 @@ int pv_ec_sum(const pv_ec_file *file, uint64_t from, uint64_t to, uint32_t *crc,
     return rc;
 }
 
+/* decode_rows for one shard, which thousands of reads in a row ask of the same others. */
+static int decode_row(uint32_t data, uint32_t parity, const uint8_t *present, uint8_t wanted, uint8_t *row,
+                      pv_errinfo *err) {
+    static _Thread_local struct {
+        uint32_t data, parity; /* data 0: nothing yet */
+        uint8_t wanted;
+        uint8_t present[PV_EC_MAX_SHARDS];
+        uint8_t row[PV_EC_MAX_SHARDS];
+    } last;
+    if (last.data != data || last.parity != parity || last.wanted != wanted ||
+        memcmp(last.present, present, data) != 0) {
+        last.data = 0;
+        int rc = decode_rows(data, parity, present, &wanted, 1, last.row, err);
+        if (rc < 0) {
+            return rc;
+        }
+        memcpy(last.present, present, data);
+        last.data = data;
+        last.parity = parity;
+        last.wanted = wanted;
+    }
+    memcpy(row, last.row, data);
+    return 0;
+}
+
 int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const uint8_t *const *pieces, size_t len,
                   uint8_t wanted, uint8_t *out, pv_errinfo *err) {
     if (!ratio_ok(data, parity) || wanted >= data + parity || len > INT32_MAX) {
@@ -310,7 +342,7 @@ int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const 
     }
     uint8_t row[PV_EC_MAX_SHARDS];
     uint8_t tables[PV_EC_MAX_SHARDS * TABLE_BYTES];
-    int rc = decode_rows(data, parity, present, &wanted, 1, row, err);
+    int rc = decode_row(data, parity, present, wanted, row, err);
     if (rc < 0) {
         return rc;
     }
@@ -321,6 +353,78 @@ int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const 
     ec_init_tables((int)data, 1, row, tables);
     ec_encode_data((int)len, (int)data, 1, tables, sources, &out);
     return 0;
+}
+
+/* What clients ask for may stay in the page cache. */
+static int read_served(int fd, uint8_t *buf, size_t len, uint64_t at, uint32_t shard, pv_errinfo *err) {
+    int rc = pv__io_pread_full(fd, buf, len, at, err);
+    if (rc < 0 && err != NULL) {
+        err->d = shard;
+    }
+    return rc;
+}
+
+/* Bytes [at, at + len) of a shard that is not there, of those of `present`. */
+static int read_lost(const int32_t *fds, uint32_t data, uint32_t parity, const uint8_t *present, uint8_t wanted,
+                     uint64_t at, size_t len, uint8_t *out, pv_errinfo *err) {
+    uint8_t row[PV_EC_MAX_SHARDS];
+    uint8_t tables[PV_EC_MAX_SHARDS * TABLE_BYTES];
+    int rc = decode_row(data, parity, present, wanted, row, err);
+    if (rc < 0) {
+        return rc;
+    }
+    ec_init_tables((int)data, 1, row, tables);
+    const size_t column = len < COLUMN_BYTES ? len : COLUMN_BYTES;
+    uint8_t *bufs = pv__malloc(data * column);
+    if (bufs == NULL) {
+        return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
+    }
+    uint8_t *sources[PV_EC_MAX_SHARDS];
+    for (uint32_t i = 0; i < data; i++) {
+        sources[i] = bufs + i * column;
+    }
+    for (size_t done = 0; rc == 0 && done < len; done += column) {
+        size_t n = len - done < column ? len - done : column;
+        for (uint32_t i = 0; rc == 0 && i < data; i++) {
+            rc = read_served(fds[present[i]], sources[i], n, at + done, present[i], err);
+        }
+        if (rc == 0) {
+            uint8_t *target = out + done;
+            ec_encode_data((int)n, (int)data, 1, tables, sources, &target);
+        }
+    }
+    pv__free(bufs);
+    return rc;
+}
+
+int pv_ec_read(const int32_t *fds, const pv_ec_layout *l, uint64_t from, size_t len, uint8_t *out, pv_errinfo *err) {
+    if (len > INT32_MAX || from > UINT64_MAX - len || !layout_ok(l, from, from + len)) {
+        return pv__fail(err, PV_EINVAL, from, len, 0, 0);
+    }
+    const uint32_t data = l->data_shards;
+    uint8_t present[PV_EC_MAX_SHARDS];
+    uint32_t have = 0;
+    for (uint32_t i = 0; i < data + l->parity_shards && have < data; i++) {
+        if (fds[i] >= 0) {
+            present[have++] = (uint8_t)i;
+        }
+    }
+    int rc = 0;
+    for (size_t done = 0; rc == 0 && done < len;) {
+        uint64_t place;
+        uint64_t left;
+        uint32_t shard = shard_at(l, from + done, &place, &left);
+        size_t n = len - done < left ? len - done : (size_t)left;
+        if (fds[shard] >= 0) {
+            rc = read_served(fds[shard], out + done, n, place, shard, err);
+        } else if (have < data) {
+            rc = pv__fail(err, PV_ERANGE, have, data, 0, 0);
+        } else {
+            rc = read_lost(fds, data, l->parity_shards, present, (uint8_t)shard, place, n, out + done, err);
+        }
+        done += n;
+    }
+    return rc;
 }
 
 /* ------------------------------------------------------------------ the sorted index */

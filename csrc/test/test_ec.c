@@ -137,6 +137,12 @@ static void encode_one(uint64_t *seed, uint32_t data, uint32_t parity) {
             again.fd[victim] = t_file();
         }
     }
+    for (uint32_t i = 0; i < 8; i++) { /* what stands in the .dat, whichever shards are lost */
+        uint64_t from = t_rand_below(seed, len);
+        size_t part = i == 0 ? (size_t)(len - from) : (size_t)t_rand_below(seed, len - from + 1);
+        CHECK_EQ(pv_ec_read(in, &layout, from, part, again_dat, NULL), 0);
+        CHECK_MEM(again_dat, dat + from, part);
+    }
     CHECK_EQ(rebuild(data, parity, in, again.fd, s.bytes, again.crc, NULL), 0);
     uint32_t have = 0;
     for (uint32_t i = 0; i < data + parity && have < data; i++) {
@@ -200,7 +206,26 @@ static void test_failures_name_what_is_wrong(void) {
     CHECK_EQ(pv_ec_sum(&file, 0, 10, &crc, scratch + 1, PV_EC_CHUNK, &err), PV_EINVAL);
     CHECK_EQ(pv_ec_sum(&file, 0, 10, &crc, scratch, PV_EC_CHUNK - 1, &err), PV_EINVAL);
     CHECK_EQ(pv_ec_decode(plain(s.fd).at, &layout, &file, 0, 17, scratch, sizeof scratch, &err), PV_EEOF);
+    uint8_t out[48];
+    CHECK(pwrite(s.fd[1], "0123456789abcdef", 16, 0) == 16);
+    int some[MAX_TOTAL];
+    memcpy(some, s.fd, sizeof some);
+    CHECK_EQ(pv_ec_read(some, &layout, 10, 1, out, &err), PV_EEOF); /* shard 0 has 10 bytes */
+    CHECK_EQ(err.d, 0);
+    CHECK_EQ(pv_ec_read(some, &layout, 16, 16, out, &err), 0);
+    CHECK_MEM(out, "0123456789abcdef", 16);
+    some[0] = -1; /* it is made of 1 and 2, and 2 is empty */
+    CHECK_EQ(pv_ec_read(some, &layout, 0, 4, out, &err), PV_EEOF);
+    CHECK_EQ(err.d, 2);
+    some[2] = -1;
+    CHECK_EQ(pv_ec_read(some, &layout, 0, 4, out, &err), PV_ERANGE);
+    CHECK_EQ(err.a, 1);
+    CHECK_EQ(err.b, 2);
+    CHECK_EQ(pv_ec_read(some, &layout, 16, 4, out, &err), 0); /* shard 1 is there */
+    CHECK_EQ(pv_ec_read(some, &layout, 0, (size_t)INT32_MAX + 1, out, &err), PV_EINVAL);
+    CHECK_EQ(pv_ec_read(some, &layout, UINT64_MAX, 1, out, &err), PV_EINVAL);
     const pv_ec_layout no_blocks = {2, 1, 32, 0, 0};
+    CHECK_EQ(pv_ec_read(some, &no_blocks, 0, 1, out, &err), PV_EINVAL);
     CHECK_EQ(encode(s.fd[0], 10, &no_blocks, 0, 16, none, NULL, &err), PV_EINVAL);
     close_shards(&s);
 }

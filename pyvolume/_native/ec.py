@@ -31,6 +31,7 @@ _new = _ffi.new
 _T_ERR: Final = _ffi.typeof("pv_errinfo *")
 _T_LAYOUT: Final = _ffi.typeof("pv_ec_layout *")
 _T_FILES: Final = _ffi.typeof("pv_ec_file[]")
+_T_FDS: Final = _ffi.typeof("int32_t[]")
 _T_CRCS: Final = _ffi.typeof("uint32_t[]")
 _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 _T_PIECES: Final = _ffi.typeof("uint8_t *[]")
@@ -138,6 +139,17 @@ def recover(data: int, parity: int, pieces: Mapping[int, Buffer], wanted: int) -
         err,
     )
     _check(code, err)
+    return out
+
+
+def read(fds: Sequence[int], layout: CutLayout, start: int, length: int) -> bytearray:
+    """Bytes [start, start + length) of a .dat out of its shards; -1 for a shard that is not there.
+
+    The bytes of one that is not there are made of those of the first `data` that are. Raises NativeError.
+    """
+    cut, err = _new(_T_LAYOUT, layout), _new(_T_ERR)
+    out = bytearray(length)
+    _check(_lib.pv_ec_read(_new(_T_FDS, fds), cut, start, length, borrow(out, writable=True)[0], err), err)
     return out
 
 

@@ -18,10 +18,11 @@ from typing import Final, Protocol
 
 from pyvolume._native import ec, engine
 from pyvolume.errors import CorruptNeedle, NeedleDeleted, PyvolumeError, StorageError, from_native
+from pyvolume.faults import fault
 from pyvolume.ops.context import Helpers
-from pyvolume.storage.ec.layout import Interval
+from pyvolume.storage.ec.layout import Interval, Layout
 from pyvolume.storage.ec.members import EcMembers
-from pyvolume.storage.ec.volume import EcVolume
+from pyvolume.storage.ec.volume import EcShard, EcVolume
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,12 @@ class EcReader:
             raise NeedleDeleted("already deleted")
         length = volume.record_bytes(size)
         self.refresh(volume)
-        pieces = [self._piece(volume, key, interval) for interval in volume.layout.locate(offset, length)]
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        layout = volume.layout
+        data: bytes | bytearray | None = self._read_here(volume, layout, offset, length)
+        if data is None:
+            intervals = layout.locate(offset, length)
+            pieces = [self._piece(volume, key, interval) for interval in intervals]
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         try:
             needle = engine.parse_needle(data, volume.version, size)
         except engine.NativeError as exc:
@@ -126,6 +131,54 @@ class EcReader:
         volume.update_locations(change)
         volume.locations_at_s = time.monotonic()
 
+    def _read_here(self, volume: EcVolume, layout: Layout, offset: int, length: int) -> bytearray | None:
+        """A record, in one go, if this server's shards give all of it; None if they do not, for whatever reason."""
+        ratio = volume.ratio
+        fds = [-1] * ratio.total
+        held: list[EcShard] = []
+        lost = False
+        try:
+            for interval in layout.locate(offset, length):
+                if fds[interval.shard] < 0 and not self._hold(volume, interval.shard, fds, held):
+                    if volume.shard_locations.get(interval.shard):
+                        return None  # it is somewhere else
+                    lost = True
+            if lost:
+                for number in range(ratio.total):
+                    if len(held) >= ratio.data:
+                        break
+                    if fds[number] < 0:
+                        self._hold(volume, number, fds, held)
+                if len(held) < ratio.data:
+                    return None
+            if not held or offset + length > ratio.data * held[0].size:
+                return None
+            fault("ec.shard_read")
+            cut = (ratio.data, ratio.parity, layout.large_block, layout.small_block, layout.large_rows)
+            return ec.read(fds, cut, offset, length)
+        except (OSError, engine.NativeError) as exc:
+            log.debug("read record at %d of ec volume %d here: %s", offset, volume.vid, exc)
+            return None
+        finally:
+            for shard in held:
+                shard.let_go()
+
+    def _hold(self, volume: EcVolume, number: int, fds: list[int], held: list[EcShard]) -> bool:
+        """Keeps a shard of this server open; whether there is one of this encode."""
+        shard = self._local_shard(volume, number)
+        if shard is None:
+            return False
+        fds[number] = shard.hold()
+        held.append(shard)
+        return True
+
+    def _local_shard(self, volume: EcVolume, number: int) -> EcShard | None:
+        found = self._members.find_shard(volume.vid, number)
+        if found is None:
+            return None
+        holder, shard = found
+        return None if volume.encode_ts_ns and holder.encode_ts_ns != volume.encode_ts_ns else shard
+
     def _piece(self, volume: EcVolume, key: int, interval: Interval) -> bytes:
         data = self.read_local(volume, interval)
         if data is not None:
@@ -142,11 +195,8 @@ class EcReader:
 
     def read_local(self, volume: EcVolume, interval: Interval) -> bytes | None:
         """The bytes from a shard on this server; None if it has none of this encode, or they cannot be read."""
-        found = self._members.find_shard(volume.vid, interval.shard)
-        if found is None:
-            return None
-        holder, shard = found
-        if volume.encode_ts_ns and holder.encode_ts_ns != volume.encode_ts_ns:
+        shard = self._local_shard(volume, interval.shard)
+        if shard is None:
             return None
         try:
             data = shard.read(interval.offset, interval.length)

@@ -64,14 +64,19 @@ class SharedFile:
     @contextlib.contextmanager
     def use(self) -> Iterator[int]:
         """The descriptor, which stays open as long as the with-block. Raises OSError(EBADF) after close."""
+        fd = self.hold()
+        try:
+            yield fd
+        finally:
+            self.let_go()
+
+    def hold(self) -> int:
+        """The descriptor, which stays open until let_go. Raises OSError(EBADF) after close."""
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
             self._users += 1
-        try:
-            yield self._fd
-        finally:
-            self._leave()
+        return self._fd
 
     def close(self) -> None:
         """Idempotent."""
@@ -79,9 +84,10 @@ class SharedFile:
             if self._closed:
                 return
             self._closed = True
-        self._leave()
+        self.let_go()
 
-    def _leave(self) -> None:
+    def let_go(self) -> None:
+        """Ends a hold."""
         with self._lock:
             self._users -= 1
             last = self._users == 0
@@ -116,6 +122,14 @@ class EcShard:
     def use(self) -> contextlib.AbstractContextManager[int]:
         """As SharedFile.use."""
         return self._file.use()
+
+    def hold(self) -> int:
+        """As SharedFile.hold."""
+        return self._file.hold()
+
+    def let_go(self) -> None:
+        """As SharedFile.let_go."""
+        self._file.let_go()
 
     def close(self) -> None:
         self._file.close()
