@@ -675,6 +675,56 @@ PV_API int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd,
 PV_API int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index,
                        pv_errinfo *err) PV_WUR;
 
+/* ------------------------------------------------------------------ shards to read from (pv_shards.c) */
+
+/* A descriptor that several use; the last of them closes it. References are counted; NULL is fine for ref and unref. */
+typedef struct pv_file pv_file;
+PV_API int pv_file_new(int fd, pv_file **out) PV_WUR; /* takes fd unless it fails: PV_EINVAL, PV_ENOMEM */
+PV_API pv_file *pv_file_ref(pv_file *f);
+PV_API void pv_file_unref(pv_file *f);
+
+/* A set of needle ids that only grows, 16 to 32 bytes for each. On any thread; a lock of its own, never held for long. */
+typedef struct pv_ids pv_ids;
+PV_API int pv_ids_new(pv_ids **out) PV_WUR;
+PV_API pv_ids *pv_ids_ref(pv_ids *s);
+PV_API void pv_ids_unref(pv_ids *s);
+PV_API int pv_ids_add(pv_ids *s, uint64_t id) PV_WUR; /* 1, 0 if it was there, PV_ENOMEM (unchanged then) */
+PV_API int pv_ids_has(pv_ids *s, uint64_t id) PV_WUR; /* 1 or 0 */
+PV_API uint64_t pv_ids_count(pv_ids *s);
+/* Writes up to max ids, in no order; the number written. */
+PV_API uint64_t pv_ids_list(pv_ids *s, uint64_t *out, uint64_t max) PV_WUR;
+
+typedef struct pv_shards_opts {
+    pv_file *ecx;                     /* the sorted index */
+    pv_ids *deleted;                  /* what the journal says; goes on to grow */
+    pv_file *files[PV_EC_MAX_SHARDS]; /* NULL: not on this server */
+    pv_ec_layout layout;
+    uint64_t rows;   /* of the index */
+    uint8_t width;   /* 4 or 5 */
+    uint8_t version; /* 1 to 3 */
+} pv_shards_opts;
+
+/* What this server has of an erasure coded volume. It takes references of its own on all that opts names and never changes
+ * but by pv_shards_elsewhere. On any thread. */
+typedef struct pv_shards pv_shards;
+PV_API int pv_shards_new(const pv_shards_opts *opts, pv_shards **out) PV_WUR; /* PV_EINVAL, PV_ENOMEM */
+PV_API pv_shards *pv_shards_ref(pv_shards *s);
+PV_API void pv_shards_unref(pv_shards *s);
+/* Tells which shards other servers have (bits), and how long that is to be believed. Before the first call, and when that
+ * time is over, no shard is made of others. */
+PV_API void pv_shards_elsewhere(pv_shards *s, uint32_t shards, uint32_t ttl_ms);
+/* Finds a live needle. flags: PV_READ_CACHED. Errors: PV_ENOTFOUND, PV_EDELETED, PV_EEOF, PV_ESYS (EAGAIN and EOPNOTSUPP with
+ * PV_READ_CACHED). */
+PV_API int pv_shards_find(pv_shards *s, uint64_t id, uint32_t flags, pv_idx_row *row, pv_errinfo *err) PV_WUR;
+/* Reads the record of a row that pv_shards_find gave, made of other shards here where its own is nowhere; the checksum is
+ * verified, the cookie is the caller's business. With PV_READ_CACHED, PV_ESYS with EAGAIN stands for much to be made, too. On
+ * success free with pv_read_free. Errors: PV_ERANGE (not enough shards here), those of pv_needle_parse, PV_EEOF, PV_ESYS,
+ * PV_EINVAL, PV_ENOMEM. */
+PV_API int pv_shards_read(pv_shards *s, const pv_idx_row *row, uint32_t flags, pv_read *out, pv_errinfo *err) PV_WUR;
+/* As pv_reg_publish and pv_reg_acquire, for what this server has of an erasure coded volume; an id is one or the other. */
+PV_API int pv_reg_publish_shards(pv_reg *r, uint32_t vid, pv_shards *s) PV_WUR; /* PV_EEXISTS */
+PV_API pv_shards *pv_reg_acquire_shards(pv_reg *r, uint32_t vid);
+
 /* ------------------------------------------------------------------ scrub (pv_scrub.c) */
 
 /* One look through a volume's index and, if asked for, all records that it names: what the contract calls INDEX and FULL

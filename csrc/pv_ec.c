@@ -356,8 +356,8 @@ int pv_ec_recover(uint32_t data, uint32_t parity, const uint8_t *present, const 
 }
 
 /* What clients ask for may stay in the page cache. */
-static int read_served(int fd, uint8_t *buf, size_t len, uint64_t at, uint32_t shard, pv_errinfo *err) {
-    int rc = pv__io_pread_full(fd, buf, len, at, err);
+static int read_served(int fd, uint8_t *buf, size_t len, uint64_t at, uint32_t shard, bool cached, pv_errinfo *err) {
+    int rc = cached ? pv__io_pread_cached(fd, buf, len, at, err) : pv__io_pread_full(fd, buf, len, at, err);
     if (rc < 0 && err != NULL) {
         err->d = shard;
     }
@@ -366,7 +366,7 @@ static int read_served(int fd, uint8_t *buf, size_t len, uint64_t at, uint32_t s
 
 /* Bytes [at, at + len) of a shard that is not there, of those of `present`. */
 static int read_lost(const int32_t *fds, uint32_t data, uint32_t parity, const uint8_t *present, uint8_t wanted,
-                     uint64_t at, size_t len, uint8_t *out, pv_errinfo *err) {
+                     uint64_t at, size_t len, uint8_t *out, bool cached, pv_errinfo *err) {
     uint8_t row[PV_EC_MAX_SHARDS];
     uint8_t tables[PV_EC_MAX_SHARDS * TABLE_BYTES];
     int rc = decode_row(data, parity, present, wanted, row, err);
@@ -386,7 +386,7 @@ static int read_lost(const int32_t *fds, uint32_t data, uint32_t parity, const u
     for (size_t done = 0; rc == 0 && done < len; done += column) {
         size_t n = len - done < column ? len - done : column;
         for (uint32_t i = 0; rc == 0 && i < data; i++) {
-            rc = read_served(fds[present[i]], sources[i], n, at + done, present[i], err);
+            rc = read_served(fds[present[i]], sources[i], n, at + done, present[i], cached, err);
         }
         if (rc == 0) {
             uint8_t *target = out + done;
@@ -398,6 +398,12 @@ static int read_lost(const int32_t *fds, uint32_t data, uint32_t parity, const u
 }
 
 int pv_ec_read(const int32_t *fds, const pv_ec_layout *l, uint64_t from, size_t len, uint8_t *out, pv_errinfo *err) {
+    const pv__ec_how how = {.make = UINT32_MAX, .make_max = SIZE_MAX};
+    return pv__ec_read(fds, l, from, len, out, &how, err);
+}
+
+int pv__ec_read(const int32_t *fds, const pv_ec_layout *l, uint64_t from, size_t len, uint8_t *out,
+                const pv__ec_how *how, pv_errinfo *err) {
     if (len > INT32_MAX || from > UINT64_MAX - len || !layout_ok(l, from, from + len)) {
         return pv__fail(err, PV_EINVAL, from, len, 0, 0);
     }
@@ -416,11 +422,14 @@ int pv_ec_read(const int32_t *fds, const pv_ec_layout *l, uint64_t from, size_t 
         uint32_t shard = shard_at(l, from + done, &place, &left);
         size_t n = len - done < left ? len - done : (size_t)left;
         if (fds[shard] >= 0) {
-            rc = read_served(fds[shard], out + done, n, place, shard, err);
-        } else if (have < data) {
-            rc = pv__fail(err, PV_ERANGE, have, data, 0, 0);
+            rc = read_served(fds[shard], out + done, n, place, shard, how->cached, err);
+        } else if (have < data || (how->make >> shard & 1) == 0) {
+            rc = pv__fail(err, PV_ERANGE, have, data, 0, shard);
+        } else if (n > how->make_max) {
+            rc = pv__fail_sys(err, EAGAIN, place, n, 0);
         } else {
-            rc = read_lost(fds, data, l->parity_shards, present, (uint8_t)shard, place, n, out + done, err);
+            rc =
+                read_lost(fds, data, l->parity_shards, present, (uint8_t)shard, place, n, out + done, how->cached, err);
         }
         done += n;
     }
@@ -520,6 +529,11 @@ int pv_ecx_from_idx(int idx_fd, uint8_t width, uint64_t rows, int out_fd, uint64
 }
 
 int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *out, uint64_t *index, pv_errinfo *err) {
+    return pv__ecx_find(fd, width, rows, key, false, out, index, err);
+}
+
+int pv__ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, bool cached, pv_idx_row *out, uint64_t *index,
+                 pv_errinfo *err) {
     if ((width != 4 && width != 5) || rows > PV__OFF_MAX / ROW_MAX) {
         return pv__fail(err, PV_EINVAL, width, rows, 0, 0);
     }
@@ -529,7 +543,7 @@ int pv_ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, pv_idx_row *
     while (low < high) {
         uint64_t middle = low + (high - low) / 2;
         uint8_t buf[ROW_MAX];
-        int rc = pv__io_pread_full(fd, buf, row_len, middle * row_len, err);
+        int rc = read_served(fd, buf, row_len, middle * row_len, 0, cached, err);
         if (rc < 0) {
             return rc;
         }

@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -193,6 +194,21 @@ size_t pv__sorted_memory(const pv__sorted *s);
 int pv__sorted_get(const pv__sorted *s, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
 int pv__sorted_delete(pv__sorted *s, uint64_t key, int32_t *old_size) PV_WUR;
 int pv__sorted_visit(const pv__sorted *s, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;
+
+/* ------------------------------------------------------------------ shards (pv_ec.c) */
+
+/* How records are read out of shards. */
+typedef struct pv__ec_how {
+    uint32_t make;   /* bits of shards whose bytes may be made of others: PV_ERANGE for the rest */
+    bool cached;     /* from the page cache alone: PV_ESYS with EAGAIN, as pv__io_pread_cached */
+    size_t make_max; /* more bytes in one stretch are not made: PV_ESYS with EAGAIN */
+} pv__ec_how;
+
+/* pv_ec_read and pv_ecx_find for whoever may not wait. */
+int pv__ec_read(const int32_t *fds, const pv_ec_layout *layout, uint64_t from, size_t len, uint8_t *out,
+                const pv__ec_how *how, pv_errinfo *err) PV_WUR;
+int pv__ecx_find(int fd, uint8_t width, uint64_t rows, uint64_t key, bool cached, pv_idx_row *out, uint64_t *index,
+                 pv_errinfo *err) PV_WUR;
 
 /* ------------------------------------------------------------------ files (pv_io.c)
  * Every system call of the engine that touches a file is made here. All are positional, go on after EINTR and short

@@ -108,7 +108,11 @@ struct op {
     bool locked; /* another change of the volume takes its time */
     int why;     /* -1, or enum pv_lane_reason */
     uint32_t vid;
-    pv_vol *v;          /* a reference */
+    pv_vol *v;         /* a reference */
+    pv_shards *shards; /* a reference, instead of v */
+    bool sized;        /* of shards: the needle is known by row, and what it takes by charge */
+    pv_idx_row row;
+    uint64_t charge;    /* of the budget, for the connection to take over */
     uint64_t copy_ns;   /* what a write with copies took */
     pv__targets copies; /* count 0: none to be made */
     size_t request_id_len;
@@ -510,7 +514,14 @@ static bool is_literal_path(pv_text path) {
     return path.n < 1024;
 }
 
-/* Looks at a complete head. -1: it is served here, o->v holds a reference; else the reason why not. */
+static void let_go(op *o) {
+    pv_vol_unref(o->v);
+    pv_shards_unref(o->shards);
+    o->v = NULL;
+    o->shards = NULL;
+}
+
+/* Looks at a complete head. -1: it is served here, o->v or o->shards is a reference; else the reason why not. */
 static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     pv_lane *l = t->lane;
     uint32_t serve = atomic_load_explicit(&l->serve, memory_order_acquire);
@@ -551,20 +562,25 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
         return PV_LANE_WHY_PATH;
     }
     uint32_t flags;
+    o->sized = false;
+    o->charge = 0;
     o->v = pv_reg_acquire_as(l->registry, vid, &flags);
+    o->shards = o->v == NULL && o->kind == OP_READ ? pv_reg_acquire_shards(l->registry, vid) : NULL;
+    o->vid = vid;
+    o->copies.count = 0;
+    if (o->shards != NULL) {
+        return -1;
+    }
     if (o->v == NULL) {
         return PV_LANE_WHY_VOLUME;
     }
     o->volume_ttl_count = (uint8_t)(flags >> PV_REG_TTL_COUNT_SHIFT);
     o->volume_ttl_unit = (uint8_t)(flags >> PV_REG_TTL_UNIT_SHIFT);
-    o->vid = vid;
-    o->copies.count = 0;
     if (o->kind != OP_READ && (flags & PV_REG_SINGLE) == 0 && !o->replicate &&
         (o->kind != OP_WRITE || c->head.credentials || !is_literal_path(span_text(p, c->head.path)) ||
          !pv__routes_find(&l->routes, vid, (flags >> PV_REG_COPIES_SHIFT) & 0xff, now_ms(t), &o->copies))) {
         o->copies.count = 0;
-        pv_vol_unref(o->v);
-        o->v = NULL;
+        let_go(o);
         return PV_LANE_WHY_VOLUME;
     }
     return -1;
@@ -749,8 +765,45 @@ static bool would_block(int rc, const pv_errinfo *err) {
     return rc == PV_ESYS && (err->sys_errno == EAGAIN || err->sys_errno == EOPNOTSUPP);
 }
 
+/* Finds and reads a needle of shards. 1: it would wait, or take its time. */
+static int work_shards(op *o, bool soon) {
+    pv_lane *l = o->t->lane;
+    uint32_t how = soon ? PV_READ_CACHED : 0;
+    int rc = o->sized ? 0 : pv_shards_find(o->shards, o->key, how, &o->row, &o->err);
+    if (rc == 0 && !o->sized) {
+        o->sized = true;
+        if (o->row.size == 0) {
+            rc = PV_ENOTFOUND;
+        } else if ((uint64_t)o->row.size > l->body_max) {
+            o->why = PV_LANE_WHY_SIZE;
+        } else if ((uint64_t)o->row.size > LARGE) {
+            if (reserve(l, (uint64_t)o->row.size)) {
+                o->charge = (uint64_t)o->row.size;
+            } else {
+                o->why = PV_LANE_WHY_SIZE;
+            }
+        }
+    }
+    if (rc == 0 && o->why < 0) {
+        rc = pv_shards_read(o->shards, &o->row, how, &o->rd, &o->err);
+    }
+    if (soon && would_block(rc, &o->err)) {
+        return 1;
+    }
+    if (rc < 0) {
+        o->why = PV_LANE_WHY_NEEDLE;
+    } else if (o->why < 0 && (o->rd.n.cookie != o->cookie || (o->rd.n.flags & (PV_F_MANIFEST | PV_F_PAIRS)) != 0)) {
+        o->why = PV_LANE_WHY_NEEDLE;
+        pv_read_free(&o->rd);
+    }
+    return 0;
+}
+
 /* Does the work of o. 1: it would wait for the disk or another change, and soon asks not to. */
 static int work(op *o, bool soon) {
+    if (o->shards != NULL) {
+        return work_shards(o, soon);
+    }
     uint32_t how = PV_READ_ENTRY | o->read_flags | (soon ? PV_READ_CACHED : 0);
     int rc;
     if (o->kind == OP_WRITE) {
@@ -1072,9 +1125,11 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     }
     bool wait = false;
     bool locked = false;
-    int rc = pv_vol_lookup(o->v, o->key, &o->entry);
-    uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
-    if (o->kind == OP_WRITE) {
+    int rc = o->v != NULL ? pv_vol_lookup(o->v, o->key, &o->entry) : 0;
+    uint64_t size = o->v == NULL ? 0 : (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
+    if (o->shards != NULL) {
+        o->t = t; /* its size is looked at where it is found */
+    } else if (o->kind == OP_WRITE) {
         /* An overwrite reads what is there, if only its cookie: of a deleted or an empty needle, too. */
         wait = o->fsync || o->copies.count != 0 || c->head.content_length > INLINE_WRITE || rc == 0;
         if (rc < 0 && rc != PV_ENOTFOUND) {
@@ -1097,16 +1152,16 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         } else {
             wait = work(o, true) != 0;
             locked = wait && o->kind != OP_READ;
+            c->charged += o->charge;
         }
     }
     if (why >= 0 || !wait) {
-        pv_vol_unref(o->v);
-        o->v = NULL;
+        let_go(o);
         return why >= 0 ? hand_over(t, c, p, avail, why) : worked(t, c, p, avail, o);
     }
     op *job = pv__malloc(sizeof *job);
     if (job == NULL || !stash(t, c, p, avail, (size_t)c->need)) {
-        pv_vol_unref(o->v);
+        let_go(o);
         if (job == NULL) {
             close_conn(t, c);
         }
@@ -1114,10 +1169,16 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         return GONE;
     }
     /* The texts of the request moved with the input: look again. Settings may have changed since, too. */
-    pv_vol_unref(o->v);
+    const bool of_shards = o->shards != NULL;
+    let_go(o);
     pv_entry entry = o->entry;
     job->v = NULL;
+    job->shards = NULL;
     why = admit(t, c, c->buf, job);
+    if (of_shards) {
+        uncharge(t->lane, c); /* the job finds the needle again */
+        why = why < 0 && job->shards == NULL ? PV_LANE_WHY_VOLUME : why;
+    }
     job->entry = entry;
     job->locked = locked;
     memset(&job->rd, 0, sizeof job->rd);
@@ -1128,7 +1189,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         why = PV_LANE_WHY_SIZE;
     }
     if (why >= 0) {
-        pv_vol_unref(job->v);
+        let_go(job);
         pv__free(job);
         return hand_over(t, c, c->buf, c->len, why);
     }
@@ -1167,8 +1228,7 @@ static bool process(lane_thread *t, conn *c, char *p, size_t n) {
             if (n < c->need) { /* before more of it is taken in */
                 int why = admit(t, c, p, &t->op);
                 if (why < 0) {
-                    pv_vol_unref(t->op.v);
-                    t->op.v = NULL;
+                    let_go(&t->op);
                     if (c->need > LARGE) {
                         if (reserve(t->lane, c->need)) {
                             c->charged += c->need;
@@ -1284,7 +1344,8 @@ static void job_done(lane_thread *t, op *o) {
     conn *c = o->c;
     c->op = NULL;
     t->pending--;
-    pv_vol_unref(o->v);
+    c->charged += o->charge;
+    let_go(o);
     enum outcome result;
     if (c->dead) {
         pv_read_free(&o->rd);

@@ -1,7 +1,8 @@
 /* Threads against a lane: clients that write, read, delete and send requests that are handed over, a taker that answers
  * those by closing or by giving the connection back, and a volume that is withdrawn, made read-only, published and closed
- * under all of them; in the end a stop in the midst of it. Meant for ThreadSanitizer; STRESS_S=seconds (default 2). */
-#include "t.h"
+ * under all of them, shards that come and go; in the end a stop in the midst of it. Meant for ThreadSanitizer;
+ * STRESS_S=seconds (default 2). */
+#include "t_shards.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -104,6 +105,9 @@ static void *client_main(void *arg) {
                                   "Content-Length: %zu\r\n\r\n",
                                   key, t_rand_below(&c->seed, 4) == 0 ? "?fsync=true" : "", len);
             memset(text + at, (int)key, len);
+        } else if (kind < 5) {
+            at =
+                (size_t)snprintf(text, 512, "GET /4,%" PRIx64 "%08x HTTP/1.1\r\nHost: h\r\n\r\n", key, T_SHARDS_COOKIE);
         } else if (kind < 7) {
             at = (size_t)snprintf(text, 512, "GET /3,%" PRIx64 "deadbeef HTTP/1.1\r\nHost: h\r\n\r\n", key);
         } else if (kind < 8) {
@@ -186,6 +190,7 @@ int main(void) {
     pv_vol *v = open_volume(&s, PV_VOL_CREATE);
     CHECK_EQ(pv_reg_new(&s.reg), 0);
     CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE), 0);
+    t_coded coded = t_coded_new();
     CHECK_EQ(pv_mime_new(&s.mime), 0);
     CHECK_EQ(pv_mime_seal(s.mime), 0);
     pv_lane_opts lo = {.registry = s.reg,
@@ -223,7 +228,7 @@ int main(void) {
     while (time(NULL) < until) {
         struct timespec moment = {0, 5000000};
         (void)nanosleep(&moment, NULL);
-        uint64_t what = t_rand_below(&seed, 4);
+        uint64_t what = t_rand_below(&seed, 5);
         if (what == 0) {
             CHECK_EQ(pv_vol_set_readonly(v, 1, 1), 0);
             (void)nanosleep(&moment, NULL);
@@ -238,6 +243,14 @@ int main(void) {
             pv_vol_unref(v);
             v = open_volume(&s, 0);
             CHECK_EQ(pv_reg_publish_as(s.reg, 3, v, PV_REG_SINGLE), 0);
+        } else if (what == 3) {
+            int rc = pv_reg_withdraw(s.reg, 4);
+            CHECK(rc == 0 || rc == PV_ENOTFOUND); /* it is published here for the first time */
+            pv_shards *view = t_coded_view(&coded, ~(1U << t_rand_below(&seed, 10)));
+            CHECK_EQ(pv_reg_publish_shards(s.reg, 4, view), 0);
+            pv_shards_elsewhere(view, 0, t_rand_below(&seed, 2) == 0 ? 60000 : 0);
+            pv_shards_unref(view);
+            CHECK(pv_ids_add(coded.deleted, t_rand(&seed) | 1U << 20) >= 0);
         } else {
             pv_lane_stats stats;
             pv_lane_stat(s.lane, &stats);
@@ -258,6 +271,7 @@ int main(void) {
     printf("  %" PRIu64 " answers, %" PRIu64 " handed over, %" PRIu64 " given back\n", atomic_load(&s.served),
            atomic_load(&s.taken), stats.given);
     pv_lane_free(s.lane);
+    t_coded_free(&coded);
     pv_reg_free(s.reg);
     CHECK_EQ(pv_vol_close(v, NULL), 0);
     pv_vol_unref(v);

@@ -1,15 +1,15 @@
-"""Erasure coding for Python: a thin wrapper of csrc/pv_ec.c.
+"""Erasure coding for Python: a thin wrapper of csrc/pv_ec.c and pv_shards.c.
 
-All calls release the interpreter's lock; those with descriptors block on disk, and borrow them. Nothing is kept between
-calls, so different stretches of one volume may be coded on several threads. Imports the engine and the compiled module
-only.
+All calls release the interpreter's lock; those with descriptors block on disk, and borrow them. Functions keep nothing
+between calls, so different stretches of one volume may be coded on several threads. Imports the engine and the
+compiled module only.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from pyvolume import _pv
 from pyvolume._native import engine
@@ -37,6 +37,7 @@ _T_BYTES: Final = _ffi.typeof("uint8_t[]")
 _T_PIECES: Final = _ffi.typeof("uint8_t *[]")
 _T_ROW: Final = _ffi.typeof("pv_idx_row *")
 _T_U64: Final = _ffi.typeof("uint64_t *")
+_T_U64S: Final = _ffi.typeof("uint64_t[]")
 
 
 def matrix(data: int, parity: int) -> list[bytes]:
@@ -166,6 +167,86 @@ def ecx_find(fd: int, width: int, rows: int, key: int) -> tuple[int, int, int] |
     code = _lib.pv_ecx_find(fd, width, rows, key, row, index, err)
     _check(code, err)
     return (int(index[0]), int(row.offset), int(row.size)) if code else None
+
+
+class SharedFd:
+    """Takes a descriptor, which is closed when this object and all Shards that use it are gone."""
+
+    __slots__ = ("handle",)
+
+    def __init__(self, fd: int) -> None:
+        out = _new("pv_file **")
+        _check(_lib.pv_file_new(fd, out), _new(_T_ERR))
+        self.handle: Any = _ffi.gc(out[0], _lib.pv_file_unref)
+
+    def release(self) -> None:
+        """Gives up this object's part. It must not be used afterwards."""
+        _ffi.release(self.handle)
+
+
+class IdSet:
+    """Needle ids, which the fast lane sees as soon as they are added. Thread-safe; ids never leave it."""
+
+    __slots__ = ("handle",)
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        out = _new("pv_ids **")
+        _check(_lib.pv_ids_new(out), _new(_T_ERR))
+        self.handle: Any = _ffi.gc(out[0], _lib.pv_ids_unref)
+        for one in ids:
+            self.add(one)
+
+    def add(self, needle_id: int) -> bool:
+        """Whether it is new. Raises NativeError PV_ENOMEM."""
+        code = _lib.pv_ids_add(self.handle, needle_id)
+        _check(code, _new(_T_ERR))
+        return bool(code)
+
+    def __contains__(self, needle_id: int) -> bool:
+        return bool(_lib.pv_ids_has(self.handle, needle_id))
+
+    def __len__(self) -> int:
+        return int(_lib.pv_ids_count(self.handle))
+
+    def __iter__(self) -> Iterator[int]:
+        """Those that are in it now."""
+        room = len(self)
+        out = _new(_T_U64S, room)
+        return iter(sorted(_ffi.unpack(out, _lib.pv_ids_list(self.handle, out, room))))
+
+
+class Shards:
+    """What this server has of a volume, for the fast lane. Keeps the files open as long as it lives."""
+
+    __slots__ = ("handle",)
+
+    def __init__(
+        self,
+        *,
+        ecx: SharedFd,
+        rows: int,
+        width: int,
+        version: int,
+        deleted: IdSet,
+        shards: Mapping[int, SharedFd],
+        layout: CutLayout,
+    ) -> None:
+        """Raises NativeError PV_EINVAL for a ratio, width or version that is none."""
+        opts, out = _new("pv_shards_opts *"), _new("pv_shards **")
+        opts.ecx, opts.deleted, opts.rows, opts.width, opts.version = ecx.handle, deleted.handle, rows, width, version
+        opts.layout = list(layout)
+        for number, shard in shards.items():
+            opts.files[number] = shard.handle
+        _check(_lib.pv_shards_new(opts, out), _new(_T_ERR))
+        self.handle: Any = _ffi.gc(out[0], _lib.pv_shards_unref)
+
+    def elsewhere(self, numbers: Iterable[int], valid_s: float) -> None:
+        """Which shards other servers have, and how long that is to be believed. Until told, and afterwards, bytes of a
+        shard that is not here are not made of others."""
+        bits = 0
+        for number in numbers:
+            bits |= 1 << number
+        _lib.pv_shards_elsewhere(self.handle, bits & 0xFFFFFFFF, max(0, min(int(valid_s * 1000), 0xFFFFFFFF)))
 
 
 def _check(code: int, err: object) -> None:

@@ -966,6 +966,12 @@ class Registry:
         if code < 0:
             raise _bare_error(code, vid)
 
+    def publish_shards(self, vid: int, shards: Any) -> None:
+        """The same for what is here of an erasure coded volume, an `ec.Shards`."""
+        code = _lib.pv_reg_publish_shards(self._r, vid, shards.handle)
+        if code < 0:
+            raise _bare_error(code, vid)
+
     def withdraw(self, vid: int) -> None:
         """NativeError PV_ENOTFOUND if the vid is not there. Calls that run on the handle go on."""
         code = _lib.pv_reg_withdraw(self._r, vid)

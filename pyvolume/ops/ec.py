@@ -94,9 +94,11 @@ class EcReader:
         if size < 0:
             raise NeedleDeleted("already deleted")
         length = volume.record_bytes(size)
-        self.refresh(volume)
         layout = volume.layout
         data: bytes | bytearray | None = self._read_here(volume, layout, offset, length)
+        if data is None and self._fresh_s(volume) <= 0:
+            self.refresh(volume)
+            data = self._read_here(volume, layout, offset, length)
         if data is None:
             intervals = layout.locate(offset, length)
             pieces = [self._piece(volume, key, interval) for interval in intervals]
@@ -111,10 +113,7 @@ class EcReader:
 
     def refresh(self, volume: EcVolume) -> None:
         """Asks the master where shards are unless that is known well enough. Raises StorageError."""
-        known, age_s = len(volume.shard_locations), time.monotonic() - volume.locations_at_s
-        ratio = volume.ratio
-        fresh_s = FRESH_FEW_S if known < ratio.data else FRESH_ALL_S if known == ratio.total else FRESH_ENOUGH_S
-        if age_s < fresh_s:
+        if self._fresh_s(volume) > 0:
             return
         try:
             found = self._peers.locate(volume.vid)
@@ -130,9 +129,26 @@ class EcReader:
 
         volume.update_locations(change)
         volume.locations_at_s = time.monotonic()
+        self._tell_lane(volume)
+
+    @staticmethod
+    def _fresh_s(volume: EcVolume) -> float:
+        """How long what is known of shards elsewhere is good for; 0 or less: no more."""
+        known, ratio = len(volume.shard_locations), volume.ratio
+        fresh_s = FRESH_FEW_S if known < ratio.data else FRESH_ALL_S if known == ratio.total else FRESH_ENOUGH_S
+        return fresh_s - (time.monotonic() - volume.locations_at_s)
+
+    def _tell_lane(self, volume: EcVolume) -> None:
+        """Lets the fast lane make what nobody has of the shards here, as long as that is known."""
+        view = volume.view
+        if view is not None:
+            view.elsewhere([shard for shard, at in volume.shard_locations.items() if at], self._fresh_s(volume))
 
     def _read_here(self, volume: EcVolume, layout: Layout, offset: int, length: int) -> bytearray | None:
-        """A record, in one go, if this server's shards give all of it; None if they do not, for whatever reason."""
+        """A record, in one go, if this server's shards give all of it; None if they do not, for whatever reason.
+
+        Nobody is asked for what is here; what is lost is made here if it is known that nobody has it.
+        """
         ratio = volume.ratio
         fds = [-1] * ratio.total
         held: list[EcShard] = []
@@ -144,6 +160,8 @@ class EcReader:
                         return None  # it is somewhere else
                     lost = True
             if lost:
+                if self._fresh_s(volume) <= 0:
+                    return None
                 for number in range(ratio.total):
                     if len(held) >= ratio.data:
                         break
@@ -155,7 +173,10 @@ class EcReader:
                 return None
             fault("ec.shard_read")
             cut = (ratio.data, ratio.parity, layout.large_block, layout.small_block, layout.large_rows)
-            return ec.read(fds, cut, offset, length)
+            data = ec.read(fds, cut, offset, length)
+            if lost:
+                self._tell_lane(volume)
+            return data
         except (OSError, engine.NativeError) as exc:
             log.debug("read record at %d of ec volume %d here: %s", offset, volume.vid, exc)
             return None
@@ -311,6 +332,7 @@ class EcReader:
         `read`, UnexpectedCookie, StorageError.
         """
         needle, reported = self._read(volume, key)
+        self.refresh(volume)
         if cookie and not needle.empty and needle.cookie != cookie:
             raise UnexpectedCookie(f"unexpected cookie {cookie:x}")
         offset, size = volume.lookup(key)

@@ -354,34 +354,41 @@ class Store:
 
     def _coded_came_or_went(self, vid: int) -> None:
         """A plain volume beside an erasure coded one is not served by the fast lane: deletes go to the shards."""
-        served = self._by_vid.get(vid)
-        if served is not None:
-            self._republish(served)
+        self._republish_id(vid)
 
     def _republish(self, volume: Volume) -> None:
+        self._republish_id(volume.vid)
+
+    def _republish_id(self, vid: int) -> None:
         """Brings the registry's entry of this id up to date with what is served. Never blocks on disk."""
         with self._registry_lock:
-            served = self._by_vid.get(volume.vid)
+            served = self._by_vid.get(vid)
             with contextlib.suppress(engine.NativeError):
-                self.registry.withdraw(volume.vid)
+                self.registry.withdraw(vid)
+            if served is None:
+                self._publish_shards(vid)
+                return
             # A map on disk cannot be asked without the interpreter's lock: such a volume is none for the fast lane.
-            if (
-                served is not None
-                and served.is_open
-                and not served.is_remote
-                and self.ec.find(volume.vid) is None
-                and not served.is_mapped
-            ):
+            if served.is_open and not served.is_remote and self.ec.find(vid) is None and not served.is_mapped:
                 try:
                     self.registry.publish(
-                        volume.vid,
+                        vid,
                         served.handle,
                         copies=served.replica_placement.copy_count,
                         ttl=(served.ttl.count, served.ttl.unit),
                     )
                 except engine.NativeError as exc:
                     if exc.code != NativeCode.ECLOSED:
-                        log.warning("volume %d is not served by the fast lane: %s", volume.vid, exc)
+                        log.warning("volume %d is not served by the fast lane: %s", vid, exc)
+
+    def _publish_shards(self, vid: int) -> None:
+        """Has the fast lane read an erasure coded volume, if there is one of this id. Needs the registry's lock."""
+        try:
+            view = self.ec.view(vid)
+            if view is not None:
+                self.registry.publish_shards(vid, view)
+        except (StorageError, engine.NativeError) as exc:
+            log.warning("ec volume %d is not served by the fast lane: %s", vid, exc)
 
     def subscribe(self, listener: ChangeListener) -> None:
         """Calls listener(kind, info) for every volume that is made, mounted, unmounted or deleted from now on.

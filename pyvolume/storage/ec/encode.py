@@ -201,7 +201,7 @@ def decode(
     """
     base = volume.base_path
     try:
-        volume.fold(deletes - volume.deleted)
+        volume.fold(deletes.difference(volume.deleted))
     except StorageError as exc:
         raise type(exc)(f"RebuildEcxFile {volume.ecx_path.removesuffix('.ecx')}: {exc}") from exc
     block = _superblock_of(shard_paths[0])

@@ -1,7 +1,7 @@
 """All erasure coded volumes of this server: what is mounted on which disk, and every change of that.
 
 May import the other modules of storage.ec, ec_files, vif, files, the location's interface and the leaves; not store.
-The store holds one EcMembers, and is told by `came_or_went` of ids that are mounted now or no more; `hold` is its lock
+The store holds one EcMembers, and is told by `came_or_went` of ids whose shards here are others now; `hold` is its lock
 of an id, taken first and held over disk access. `_lock` guards the tables only. Upstream: `weed/storage/store_ec.go`,
 `disk_location_ec.go`, `store_ec_mirror.go`, `store_ec_reconcile.go`.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Literal, Protocol
 
+from pyvolume._native import ec
 from pyvolume.errors import StorageError, from_os_error
 from pyvolume.faults import fault
 from pyvolume.lockwatch import WatchedLock
@@ -108,6 +109,20 @@ class EcMembers:
                 return volume, shard
         return None
 
+    def view(self, vid: int) -> ec.Shards | None:
+        """What the fast lane reads of a volume: the index that counts, the shards of its encode on all disks.
+
+        None if the volume is not here. Raises StorageError.
+        """
+        volume = self.find(vid)
+        if volume is None:
+            return None
+        shards: dict[int, EcShard] = {}
+        for holder in self.copies(vid):
+            if not volume.encode_ts_ns or holder.encode_ts_ns == volume.encode_ts_ns:
+                shards = {**holder.shards, **shards}
+        return volume.make_view(shards.values())
+
     def volumes(self) -> list[EcVolume]:
         """All, by disk, then id."""
         with self._lock:
@@ -148,6 +163,7 @@ class EcMembers:
                 except StorageError as exc:
                     failures.append(f"{location.directory}: {exc}")
                     continue
+                self._came_or_went(vid)
                 if source_disk_type:
                     volume.disk_type = normalize_disk_type(source_disk_type)
                 log.info("MountEcShards %d.%d on disk ID %d", vid, number, location.disk_id)
@@ -163,7 +179,7 @@ class EcMembers:
     def _open_shard(
         self, location: Location, collection: str, vid: int, number: int, owner: str | None = None
     ) -> EcVolume:
-        """Needs the id's lock. Raises FileMissing, StorageError."""
+        """Needs the id's lock; the caller calls came_or_went. Raises FileMissing, StorageError."""
         name = volume_base_name(collection, vid)
         path = f"{location.directory}/{name}.ec{number:02d}"
         if not files.exists(path):
@@ -193,7 +209,6 @@ class EcMembers:
         if fresh:
             with self._lock:
                 self._table(location)[vid] = volume
-            self._came_or_went(vid)
         self._count(location)
         return volume
 
@@ -209,6 +224,8 @@ class EcMembers:
                 volume.drop_shard(number)
                 if not volume.shards:
                     self._forget(location, volume)
+                else:
+                    self._came_or_went(vid)
                 self._count(location)
                 log.info("UnmountEcShards %d.%d disk_id:%d", vid, number, location.disk_id)
                 self._notify("deleted-ec", volume.delta(number, gone=True))
@@ -425,6 +442,7 @@ class EcMembers:
                     except StorageError as exc:
                         log.warning("ec volume %d: shard %d was made again and cannot be opened: %s", vid, number, exc)
             self._count(location)
+        self._came_or_went(vid)
 
     # ------------------------------------------------------------------------------------------------------------ start
 
@@ -527,7 +545,9 @@ class EcMembers:
             log.error("ec volume %d on %s cannot be loaded: %s", vid, location.directory, exc)
             if was_here is None:
                 self._unload(vid, location)
+            self._came_or_went(vid)
             return
+        self._came_or_went(vid)
         volume = self._table(location).get(vid)
         if volume is None or 0 < volume.expire_at_s < time.time():
             return

@@ -52,13 +52,18 @@ class EcShardsInfo:
 
 
 class SharedFile:
-    """A descriptor that several threads use; it is closed when the last of them is done with it."""
+    """A descriptor that several threads use; it is closed when the last of them, the fast lane included, is done."""
 
     def __init__(self, path: str, flags: int) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._users = 1
         self._fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        try:
+            self.shared = ec.SharedFd(self._fd)
+        except engine.NativeError:
+            os.close(self._fd)
+            raise
         self._closed = False
 
     @contextlib.contextmanager
@@ -92,7 +97,7 @@ class SharedFile:
             self._users -= 1
             last = self._users == 0
         if last:
-            os.close(self._fd)
+            self.shared.release()
 
 
 class EcShard:
@@ -130,6 +135,11 @@ class EcShard:
     def let_go(self) -> None:
         """As SharedFile.let_go."""
         self._file.let_go()
+
+    @property
+    def shared(self) -> ec.SharedFd:
+        """The descriptor, for the fast lane."""
+        return self._file.shared
 
     def close(self) -> None:
         self._file.close()
@@ -179,9 +189,9 @@ class EcVolume:
             self._ecx.close()
             raise from_os_error(exc, "open", self.ecj_path) from exc
         self._closed = False
-        self.deleted: set[int] = set()
+        self.deleted = ec.IdSet()
         try:
-            self.deleted = set(index.read_journal(self.ecj_path))
+            self.deleted = ec.IdSet(index.read_journal(self.ecj_path))
         except OSError as exc:
             log.warning("ec volume %d: load deleted needles from %s: %s", vid, self.ecj_path, exc)
         path = sidecar.find(self.base_path, f"{idx_directory}/{name}")
@@ -191,6 +201,8 @@ class EcVolume:
         self.locations_lock = threading.Lock()
         self.shard_locations: dict[int, tuple[str, ...]] = {}
         self.locations_at_s = float("-inf")
+        self.view: ec.Shards | None = None
+        """What the fast lane reads, if this volume is the one that counts (`EcMembers.find`)."""
 
     def __repr__(self) -> str:
         return f"<EcVolume {self.vid} {self.directory} {sorted(self.shards)}>"
@@ -247,7 +259,7 @@ class EcVolume:
 
     def close(self) -> None:
         """Closes everything; idempotent. What reads now still gets through."""
-        shards, self.shards = self.shards, {}
+        shards, self.shards, self.view = self.shards, {}, None
         for shard in shards.values():
             shard.close()
         self._ecx.close()
@@ -266,6 +278,32 @@ class EcVolume:
                     os.fsync(self._journal)
         except OSError as exc:
             log.warning("ec volume %d: sync: %s", self.vid, exc)
+
+    def make_view(self, shards: Iterable[EcShard]) -> ec.Shards:
+        """For the fast lane, with shards of any disk; `view` from now on. Raises StorageError. Does not block."""
+        layout = self.layout
+        cut = (layout.data, self.ratio.parity, layout.large_block, layout.small_block, layout.large_rows)
+        try:
+            with contextlib.ExitStack() as stack:  # none of them is closed meanwhile
+                stack.enter_context(self._ecx.use())
+                files = {}
+                for shard in shards:
+                    stack.enter_context(shard.use())
+                    files[shard.number] = shard.shared
+                self.view = ec.Shards(
+                    ecx=self._ecx.shared,
+                    rows=self.rows,
+                    width=self.width,
+                    version=self.version,
+                    deleted=self.deleted,
+                    shards=files,
+                    layout=cut,
+                )
+        except OSError as exc:
+            raise from_os_error(exc, "open", exc.filename or self.ecx_path) from exc
+        except engine.NativeError as exc:
+            raise from_native(exc.code, exc.info, path=self.ecx_path) from exc
+        return self.view
 
     # --------------------------------------------------------------------------------------------------------- needles
 
@@ -341,7 +379,7 @@ class EcVolume:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._journal, end)
                 raise from_os_error(exc, "write", self.ecj_path) from exc
-            self.deleted.add(key)  # one step under the interpreter's lock: readers see it with or without
+            self.deleted.add(key)
 
     def merge_deletes(self, keys: Iterable[int]) -> None:
         """Notes deletes that came with a journal of another server. Raises StorageError."""
