@@ -1203,7 +1203,7 @@ typedef struct pv_lane_stats {
     uint64_t copy_latency[PV_LANE_BUCKETS];
 } pv_lane_stats;
 
-/* Gives a lane without sockets and threads; free with pv_lane_free. PV_ENOMEM, PV_EINVAL. */
+/* Gives a lane without sockets and threads; free with pv_lane_free. PV_ENOMEM, PV_EINVAL, PV_ESYS. */
 PV_API int pv_lane_new(const pv_lane_opts *opts, pv_lane **out) PV_WUR;
 /* Takes a listening, non-blocking socket; before pv_lane_start. flags: PV_LANE_PUBLIC or 0. PV_EINVAL (more than two). */
 PV_API int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) PV_WUR;
@@ -1216,10 +1216,11 @@ PV_API PV_QUICK void pv_lane_serve(pv_lane *l, uint32_t serve);
 PV_API int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_ms) PV_WUR;
 /* Takes a connection (back), idle, with nothing unread. flags: enum pv_lane_conn_flag. PV_ECLOSED when stopping and
  * PV_ENOMEM: the descriptor stays the caller's. */
-PV_API int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;
-/* Waits for connections to take over, up to timeout_ms; the count, 0 when none came. PV_ECLOSED: the lane has stopped and
- * all were taken. */
-PV_API int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max, uint32_t timeout_ms) PV_WUR;
+PV_API PV_QUICK int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;
+/* A descriptor, the lane's own, that is readable while there may be connections to take over, and from the end on. */
+PV_API PV_QUICK int pv_lane_mail_fd(const pv_lane *l);
+/* Connections to take over: the count, 0 when none wait. PV_ECLOSED: the lane has stopped and all were taken. Never waits. */
+PV_API PV_QUICK int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max) PV_WUR;
 PV_API PV_QUICK void pv_lane_item_free(pv_lane *l, pv_lane_item *item); /* not its fd */
 /* Stops reading: closes the listening sockets after serving who is in their queues, closes idle connections, hands the
  * others over. Returns when that is done, so that what is left needs no taker; answers are still being sent then. */

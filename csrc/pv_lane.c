@@ -222,7 +222,7 @@ struct pv_lane {
     pv__routes routes;
 
     pthread_mutex_t mail_lock;
-    pthread_cond_t mail_cond;
+    int mail_fd;
     pv_lane_item *mail; /* a ring */
     size_t mail_cap;
     size_t mail_at;
@@ -396,6 +396,11 @@ static bool peer_of(int fd, pv_lane_item *item) {
     return true;
 }
 
+static void signal_fd(int fd) {
+    uint64_t one = 1;
+    (void)!write(fd, &one, sizeof one);
+}
+
 /* The connection and the n bytes at p, which begin with its next request, go to the other lane. c is gone afterwards. */
 static enum outcome hand_over(lane_thread *t, conn *c, char *p, size_t n, int why) {
     pv_lane *l = t->lane;
@@ -421,12 +426,15 @@ static enum outcome hand_over(lane_thread *t, conn *c, char *p, size_t n, int wh
     forget(t, c);
     pv__mutex_lock(&l->mail_lock);
     bool full = l->mail_count == l->mail_cap;
+    bool first = l->mail_count == 0;
     if (!full) {
         l->mail[(l->mail_at + l->mail_count) % l->mail_cap] = item;
         l->mail_count++;
-        pv__must(pthread_cond_signal(&l->mail_cond));
     }
     pv__mutex_unlock(&l->mail_lock);
+    if (first) {
+        signal_fd(l->mail_fd);
+    }
     if (full) {
         COUNT(t, mailbox_full, 1);
         (void)!send(item.fd, busy_reply, sizeof busy_reply - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -1374,18 +1382,13 @@ static void job_done(lane_thread *t, op *o) {
 
 /* ------------------------------------------------------------------ I/O threads */
 
-static void wake(const lane_thread *t) {
-    uint64_t one = 1;
-    (void)!write(t->wake_fd, &one, sizeof one);
-}
-
 static void post(lane_thread *t, msg *m) {
     m->next = NULL;
     pv__mutex_lock(&t->inbox_lock);
     *(t->inbox_last != NULL ? &t->inbox_last->next : &t->inbox) = m;
     t->inbox_last = m;
     pv__mutex_unlock(&t->inbox_lock);
-    wake(t);
+    signal_fd(t->wake_fd);
 }
 
 static int queue_init(job_queue *q, uint32_t size) {
@@ -1819,17 +1822,21 @@ int pv_lane_new(const pv_lane_opts *opts, pv_lane **result) {
     l->fix_orientation = opts->fix_orientation != 0;
     atomic_init(&l->serve, opts->serve);
     l->mail_cap = opts->mailbox;
+    l->mail_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = 0;
     if (pv__mutex_init(&l->life) < 0 || pv__cond_init(&l->life_cond) < 0 || queue_init(&l->io, opts->io_threads) < 0 ||
         queue_init(&l->sync, opts->sync_threads) < 0 || queue_init(&l->copy, COPY_THREADS) < 0 ||
-        pv__routes_init(&l->routes) < 0 || pv__mutex_init(&l->mail_lock) < 0 || pv__cond_init(&l->mail_cond) < 0) {
+        pv__routes_init(&l->routes) < 0 || pv__mutex_init(&l->mail_lock) < 0) {
+        if (l->mail_fd >= 0) {
+            (void)close(l->mail_fd);
+        }
         pv__free(l);
         return PV_ENOMEM;
     }
     l->copy.lane = l;
     l->mail = pv__calloc(l->mail_cap, sizeof *l->mail);
     l->threads = pv__calloc(opts->threads, sizeof(lane_thread *));
-    rc = l->mail == NULL || l->threads == NULL ? PV_ENOMEM : 0;
+    rc = l->mail == NULL || l->threads == NULL ? PV_ENOMEM : l->mail_fd < 0 ? PV_ESYS : 0;
     for (uint32_t i = 0; rc == 0 && i < opts->threads; i++) {
         l->threads[i] = thread_new(l);
         rc = l->threads[i] == NULL ? PV_ENOMEM : 0;
@@ -1853,7 +1860,7 @@ int pv_lane_listen(pv_lane *l, int fd, uint32_t flags) {
 
 static void wake_all(pv_lane *l) {
     for (uint32_t i = 0; i < l->thread_count; i++) {
-        wake(l->threads[i]);
+        signal_fd(l->threads[i]->wake_fd);
     }
 }
 
@@ -1927,20 +1934,15 @@ int pv_lane_give(pv_lane *l, int fd, uint32_t flags) {
     return 0;
 }
 
-int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max, uint32_t timeout_ms) {
-    struct timespec until;
-    (void)clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_nsec -= 1000000000;
-        until.tv_sec++;
-    }
+int pv_lane_mail_fd(const pv_lane *l) {
+    return l->mail_fd;
+}
+
+int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max) {
+    /* Before the look at the ring: what comes after that look signals anew. */
+    uint64_t drained;
+    (void)!read(l->mail_fd, &drained, sizeof drained);
     pv__mutex_lock(&l->mail_lock);
-    int rc = 0;
-    while (l->mail_count == 0 && !l->mail_end && rc == 0) {
-        rc = pthread_cond_timedwait(&l->mail_cond, &l->mail_lock, &until);
-    }
     size_t n = 0;
     while (n < max && l->mail_count > 0) {
         items[n++] = l->mail[l->mail_at];
@@ -1948,7 +1950,11 @@ int pv_lane_take(pv_lane *l, pv_lane_item *items, size_t max, uint32_t timeout_m
         l->mail_count--;
     }
     bool over = n == 0 && l->mail_end;
+    bool more = l->mail_count > 0 || l->mail_end;
     pv__mutex_unlock(&l->mail_lock);
+    if (more) {
+        signal_fd(l->mail_fd);
+    }
     return over ? PV_ECLOSED : (int)n;
 }
 
@@ -1980,8 +1986,8 @@ void pv_lane_quiesce(pv_lane *l) {
     pv__mutex_unlock(&l->life);
     pv__mutex_lock(&l->mail_lock);
     l->mail_end = true;
-    pv__cond_broadcast(&l->mail_cond);
     pv__mutex_unlock(&l->mail_lock);
+    signal_fd(l->mail_fd);
 }
 
 int pv_lane_stop(pv_lane *l, uint32_t deadline_ms) {
@@ -2052,7 +2058,9 @@ void pv_lane_free(pv_lane *l) {
     queue_destroy(&l->copy);
     pv__routes_destroy(&l->routes);
     pv__must(pthread_mutex_destroy(&l->mail_lock));
-    pv__must(pthread_cond_destroy(&l->mail_cond));
+    if (l->mail_fd >= 0) {
+        (void)close(l->mail_fd);
+    }
     pv__free(l->threads);
     pv__free(l->mail);
     pv__free(l);

@@ -4,6 +4,7 @@
  * A volume with one file stands behind it; it is made anew now and then, so that what is written does not pile up. */
 #include "../test/t.h"
 
+#include <poll.h>
 #include <stdatomic.h>
 #include <sys/socket.h>
 
@@ -25,7 +26,9 @@ static void *taker_main(void *arg) {
     (void)arg;
     for (;;) {
         pv_lane_item items[4];
-        int n = pv_lane_take(s.lane, items, 4, 1000);
+        struct pollfd mail = {pv_lane_mail_fd(s.lane), POLLIN, 0};
+        (void)poll(&mail, 1, 1000);
+        int n = pv_lane_take(s.lane, items, 4);
         if (n < 0) {
             return NULL;
         }

@@ -6,6 +6,7 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -153,7 +154,9 @@ static void *taker_main(void *arg) {
     uint64_t seed = 7;
     for (;;) {
         pv_lane_item items[8];
-        int n = pv_lane_take(s->lane, items, 8, 50);
+        struct pollfd mail = {pv_lane_mail_fd(s->lane), POLLIN, 0};
+        (void)poll(&mail, 1, 50);
+        int n = pv_lane_take(s->lane, items, 8);
         if (n < 0) {
             return NULL;
         }

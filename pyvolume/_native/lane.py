@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyvolume import _pv
 
@@ -57,8 +57,7 @@ class LaneError(OSError):
     """The lane cannot be made or started."""
 
 
-@dataclass(frozen=True, slots=True)
-class Handed:
+class Handed(NamedTuple):
     """A connection that was handed over; its descriptor belongs to whoever took this."""
 
     fd: int
@@ -139,6 +138,8 @@ class Lane:
             raise LaneError(f"fast lane: {_ffi.string(_lib.pv_err_name(code)).decode()}")
         self._lane = _ffi.gc(out[0], _lib.pv_lane_free)
         self._items = _ffi.new("pv_lane_item[]", _BATCH)
+        self.mail_fd: Final[int] = _lib.pv_lane_mail_fd(self._lane)
+        """Readable while there may be something to take, and from the end on. The lane's own."""
 
     def listen(self, fd: int, *, public: bool) -> None:
         """Takes a listening socket, before `start`."""
@@ -160,11 +161,11 @@ class Lane:
         text = " ".join(hosts).encode("ascii", "replace")
         return bool(_lib.pv_lane_replicas(self._lane, vid, text, int(ttl_s * 1000)) == 0 and hosts)
 
-    def take(self, timeout_s: float) -> list[Handed] | None:
-        """Waits for connections that are handed over, without the interpreter's lock. None: there will be no more. One
-        thread at a time."""
+    def take(self) -> list[Handed] | None:
+        """Connections that were handed over, some of them if there are many; never waits. None: there will be no more.
+        One thread at a time."""
         items = self._items
-        n = _lib.pv_lane_take(self._lane, items, _BATCH, int(timeout_s * 1000))
+        n = _lib.pv_lane_take(self._lane, items, _BATCH)
         if n < 0:
             return None
         out = []

@@ -1,10 +1,10 @@
 """The fast lane of a server: starts the engine's threads on its listening sockets, and passes connections between the
 lanes (docs/decisions/0060-fast-lane.md).
 
-The lane answers what needs no decision of Python's. Everything else comes through a mailbox: one thread takes it and
-has the HTTP server of that port adopt the connection, which goes back when its request is answered. What the lane may
-serve follows from the settings: a method with a signing key, a white list or a limit in force is all handed over. May
-import http_app and below; must not import lifecycle.
+The lane answers what needs no decision of Python's. Everything else comes through a mailbox: the loop of an HTTP server
+empties it and adopts the connections, which go back when their request is answered. What the lane may serve follows
+from the settings: a method with a signing key, a white list or a limit in force is all handed over. May import http_app
+and below; must not import lifecycle.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyvolume.server.context import ServerContext
     from pyvolume.server.http_app import HttpServer
     from pyvolume.server.metrics import ServerMetrics
+    from pyvolume.server.waitress_ext import VolumeHTTPServer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ BUDGET_BYTES = 256 << 20
 ROUTE_S = 10.0
 """How long the lane copies writes of a volume to the replicas that took the last one; then ops looks at one again."""
 MAILBOX = 4096
-_POLL_S = 60.0
 
 
 class FastLane:
@@ -75,15 +75,19 @@ class FastLane:
         peers = admin.ops.peers
         if peers.scheme == "http" and peers.source_ip is None:  # the lane's connections are plain, from any address
             admin.ops.copied = self._copied
-        self._taker = threading.Thread(target=self._take, name="lane-mailbox", daemon=True)
+        self._give_back = (partial(self._give, False), partial(self._give, True))
+        self._delivery = threading.Lock()
+        self._loop: VolumeHTTPServer | None = None  # the server whose loop empties the mailbox
 
     def start(self) -> None:
         """Raises LaneError; the listening sockets are gone then. A port that speaks TLS keeps its own."""
         for server, public in ((self._admin, False), (self._public, True)):
             if server is not None and not isinstance(server.server, TlsHTTPServer):
                 self._lane.listen(server.server.lend_listener(), public=public)
+                self._loop = self._loop or server.server
         self._lane.start()
-        self._taker.start()
+        if self._loop is not None:
+            self._loop.watch(self._lane.mail_fd, self._mail_came)
 
     def _may_serve(self, security: SecurityConfig) -> native.Serve:
         ops = self._admin.ops
@@ -111,8 +115,8 @@ class FastLane:
         """Begins the stop: no new connections, idle ones are closed, unfinished requests are with the HTTP servers when
         this returns. Those must not be stopped before."""
         self._lane.quiesce()
-        if self._taker.ident is not None:
-            self._taker.join()
+        while self._deliver(None):
+            pass
 
     def stop(self, deadline_s: float) -> None:
         """Lets answers be sent for up to deadline_s, then cuts them."""
@@ -121,29 +125,40 @@ class FastLane:
         if cut:
             log.warning("stopping: %d connection(s) of the fast lane cut", cut)
 
-    # -- the mailbox's thread -------------------------------------------------------------------------------------
+    # -- the mailbox ----------------------------------------------------------------------------------------------
 
-    def _take(self) -> None:
-        give_back = (partial(self._give_back, False), partial(self._give_back, True))
-        while True:
-            batch = self._lane.take(_POLL_S)
+    def _mail_came(self) -> None:
+        """Loop."""
+        assert self._loop is not None
+        if not self._deliver(self._loop):
+            self._loop.unwatch(self._lane.mail_fd)
+
+    def _deliver(self, loop: VolumeHTTPServer | None) -> bool:
+        """Has the servers adopt some of what waits; `loop` is the one on whose loop this runs. False: the lane has
+        ended and all is delivered, also what another thread had taken."""
+        with self._delivery:
+            batch = self._lane.take()
             if batch is None:
-                return
+                return False
             for one in batch:
-                server = self._public if one.public and self._public is not None else self._admin
+                port = self._public if one.public and self._public is not None else self._admin
+                server = port.server
+                adopt = server.adopt_here if server is loop else server.adopt
                 try:
-                    server.server.adopt(
+                    adopt(
                         one.fd,
                         one.peer,
                         one.data,
                         served=one.served,
                         lenient=one.lenient,
-                        give_back=give_back[one.public],
+                        give_back=self._give_back[one.public],
                     )
-                except Exception:  # the top of this thread: one connection must not end it
+                except Exception:  # one connection must not end the loop
                     log.exception("a connection of %s:%d was lost between the lanes", *one.peer)
+        return True
 
-    def _give_back(self, public: bool, fd: int, lenient: bool) -> bool:
+    def _give(self, public: bool, fd: int, lenient: bool) -> bool:
+        """Any thread."""
         return self._lane.give(fd, public=public, lenient=lenient)
 
 

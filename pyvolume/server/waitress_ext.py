@@ -111,6 +111,7 @@ ACCEPT_RETRY_S = 0.25
 PAUSE_LOG_S = 10.0
 RELIEF_S = 1.0  # how often crowded bodies are looked through for slow ones
 SLOW_BODY_BYTES_PER_S = 1 << 20  # slower bodies give way (to a file) when others wait for memory
+MOST_STALE_TIMERS = 512  # cancelled ones that are kept whatever their share is
 MAX_NOFILE = 1 << 20
 MAX_CONNECTIONS = 65536
 
@@ -1614,6 +1615,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _idle_check(self) -> None:
         server = self.server
+        if self.state == _CLOSED:  # it left while this timer was on its way
+            return
         if self.state in (_BUSY, _PARKED):  # our turn, not the client's
             due = server.now + server.idle_timeout_s
             if self.hold is not None and self.head is not None and not self.head.has_body:
@@ -2141,7 +2144,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.server.call_soon(self._resume)  # not at once: others have a turn first, and no recursion
 
     def _leave(self, give_back: Callable[[int, bool], bool]) -> None:
-        """Idle, all answered: the connection goes back to where it was adopted from."""
+        """Idle, all answered: the connection goes back to where it was adopted from. Loop, or worker with the lock."""
         self._unregister()
         self.state = _CLOSED
         self.connected = False
@@ -2149,7 +2152,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.timer is not None:
             self.server.cancel(self.timer)
             self.timer = None
-        self.server.channel_closed(self)
+        self.server.channel_left(self)
         fd = self.socket.detach()
         if not give_back(fd, self.lenient):
             os.close(fd)
@@ -2302,6 +2305,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 if server.stopping:  # begun meanwhile: it may have passed by while this was busy
                     server.call_soon(self.begin_stop)
                 return
+        elif kept and self.give_back is not None and self._leave_at_once(self.give_back):
+            return
         head = self.exchange.request if self.exchange is not None else None
         self.exchange = None
         if self.state == _CLOSED:
@@ -2316,6 +2321,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
         if not server.call_soon(conclude):
             self._drop()  # the loop has ended
+
+    def _leave_at_once(self, give_back: Callable[[int, bool], bool]) -> bool:
+        """_leave without a turn of the loop. False: there is more to it than that, nothing is changed."""
+        with self.lock:
+            if self.gone or self.dead or self.state != _BUSY:
+                return False
+            self.exchange = None
+            self._leave(give_back)
+            return True
 
     def _push(self, parts: list[Buffer]) -> bool:
         """Sends; False when the rest was left to the loop, which queues this channel again when it is through."""
@@ -2538,11 +2552,12 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         self._app_error_count = 0
         self._timers: list[_Timer] = []
         self._timer_serial = itertools.count()
-        self._cancelled_timers = 0
+        self._sweep_at = MOST_STALE_TIMERS
         self._relief: _Timer | None = None
         self._accept_retry: _Timer | None = None
         self._pause_logged = self.now - PAUSE_LOG_S
         self._listening = False
+        self._watched: dict[int, Callable[[], None]] = {}
         self._stop_lock = threading.Lock()
         self._stop_calls = 0
         self._started = False
@@ -2617,6 +2632,15 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         pulled: bool = self.trigger.pull_trigger(thunk)
         return pulled
 
+    def watch(self, fd: int, readable: Callable[[], None]) -> None:
+        """Has `readable` called on the loop thread whenever fd is readable, until unwatch(), which is for the loop."""
+        self._watched[fd] = readable
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
+
     def lend_listener(self) -> int:
         """Before run(): gives the listening socket away, as a descriptor of its own; connections are adopted then."""
         fd = os.dup(self.socket.fileno())
@@ -2656,22 +2680,46 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
     ) -> None:
         """adopt() for a socket object; the way in for an accept loop that has done a TLS handshake first."""
 
-        def take() -> None:
-            if self.stopping:
-                sock.close()
-                return
-            self.counts.adopted += 1
-            channel = self._open_channel(sock, peer)
-            if channel is None:
-                return
-            channel.served, channel.lenient, channel.give_back = served, lenient, give_back
-            if data:
-                channel.inbuf = data
-                channel.ahead = True
-                channel._resume()
-
-        if not self.call_soon(take):
+        if not self.call_soon(lambda: self._take_over(sock, peer, data, served, lenient, give_back)):
             sock.close()
+
+    def adopt_here(
+        self,
+        sock_fd: int,
+        peer: tuple[str, int],
+        data: bytes = b"",
+        *,
+        served: bool = False,
+        lenient: bool = False,
+        give_back: Callable[[int, bool], bool] | None = None,
+    ) -> None:
+        """adopt() of a stream socket that does not block, on the loop thread while it handles no connection's event."""
+        # what is told here need not be asked of the kernel; the family matters only to calls that nobody makes
+        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+        sock = socket.socket(socket.AF_INET, kind, socket.IPPROTO_TCP, sock_fd)
+        self._take_over(sock, peer, data, served, lenient, give_back)
+
+    def _take_over(
+        self,
+        sock: socket.socket,
+        peer: tuple[str, int],
+        data: bytes,
+        served: bool,
+        lenient: bool,
+        give_back: Callable[[int, bool], bool] | None,
+    ) -> None:
+        if self.stopping:
+            sock.close()
+            return
+        self.counts.adopted += 1
+        channel = self._open_channel(sock, peer)
+        if channel is None:
+            return
+        channel.served, channel.lenient, channel.give_back = served, lenient, give_back
+        if data:
+            channel.inbuf = data
+            channel.ahead = True
+            channel._resume()
 
     def stop(self, deadline_s: float = 30.0) -> bool:
         """Ends the server; blocks until run() is through. Any thread but the loop and the workers.
@@ -2711,12 +2759,14 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         listener_fd = self.socket.fileno()
         clock = time.monotonic
         timers = self._timers
+        watched = self._watched
         try:
             while not self._finished:
                 timeout = max(0.0, timers[0][0] - clock()) if timers else -1
                 events = poll(timeout)
                 self.now = now = clock()
                 woken = arrived = False
+                readable = None
                 for fd, what in events:
                     channel = channels.get(fd)
                     if channel is not None:
@@ -2729,8 +2779,15 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
                         woken = True
                     elif fd == listener_fd:
                         arrived = True
+                    elif fd in watched:
+                        readable = watched[fd] if readable is None else readable  # of another one: in the next round
                 if woken:
                     self.trigger.handle_read()
+                if readable is not None:
+                    try:
+                        readable()
+                    except Exception:
+                        _log.exception("what the HTTP loop watches for failed")
                 if timers and timers[0][0] <= now:
                     self._run_timers(now)
                 if arrived and self._listening:
@@ -2759,19 +2816,17 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
 
     def call_at(self, when: float, function: Callable[[], None]) -> _Timer:
         timer: _Timer = [when, next(self._timer_serial), function]
-        heapq.heappush(self._timers, timer)
+        timers = self._timers
+        if len(timers) >= self._sweep_at:
+            timers[:] = [t for t in timers if t[2] is not None]
+            heapq.heapify(timers)
+            self._sweep_at = max(MOST_STALE_TIMERS, 2 * len(timers))
+        heapq.heappush(timers, timer)
         return timer
 
     def cancel(self, timer: _Timer) -> None:
-        """Safe to call for a timer that has run. Cancelled ones are swept when they are the majority."""
-        if timer[2] is None:
-            return
+        """Any thread; safe to call for a timer that has run. Cancelled ones are swept before they are the majority."""
         timer[2] = None
-        self._cancelled_timers += 1
-        if self._cancelled_timers > 256 and self._cancelled_timers * 2 > len(self._timers):
-            self._timers[:] = [t for t in self._timers if t[2] is not None]
-            heapq.heapify(self._timers)
-            self._cancelled_timers = 0
 
     def _run_timers(self, now: float) -> None:
         timers = self._timers
@@ -2779,7 +2834,6 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
             timer = heapq.heappop(timers)
             function, timer[2] = timer[2], None
             if function is None:
-                self._cancelled_timers -= 1
                 continue
             try:
                 function()
@@ -2836,7 +2890,8 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         if host[:7] == "::ffff:":
             host = host[7:]  # Go shows mapped addresses as IPv4
         try:
-            sock.setblocking(False)
+            if sock.gettimeout() != 0:
+                sock.setblocking(False)
             channel: Channel = self.channel_class(self, sock, (host, addr[1]))
             fd = channel._fileno
             self.channels[fd] = channel
@@ -2854,10 +2909,20 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         if self.channels.get(channel._fileno) is channel:
             del self.channels[channel._fileno]
         if self.stopping:
-            if not self.channels and self._stop_calls:
-                self._finished = True
+            self._finish_if_idle()
         elif self.accepting and not self._listening and self._accept_retry is None:
             self._accept_again()
+
+    def channel_left(self, channel: Channel) -> None:
+        """The same for a connection that was adopted and goes back. Any thread."""
+        if self.channels.get(channel._fileno) is channel:
+            del self.channels[channel._fileno]
+        if self.stopping:  # after the line above: whoever began the stop has counted the connection, or we see the stop
+            self.call_soon(self._finish_if_idle)
+
+    def _finish_if_idle(self) -> None:
+        if not self.channels and self._stop_calls:
+            self._finished = True
 
     # -- memory for bodies
 

@@ -2569,6 +2569,61 @@ def test_a_client_that_breaks_off_behind_its_answer_leaves_no_connection(serve: 
     eventually(lambda: not servers[0].channels)
 
 
+def test_an_adopted_connection_waited_for_a_turn_of_the_loop_to_go_back(serve: Served) -> None:
+    servers: list[wire.VolumeHTTPServer] = []
+    held, go_on = threading.Event(), threading.Event()
+    back: list[int] = []
+
+    def hold_the_loop() -> None:
+        held.set()
+        go_on.wait(WAIT_S)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        servers[0].call_soon(hold_the_loop)
+        assert held.wait(WAIT_S)
+        start_response("200 OK", [])
+        return [b"hello"]
+
+    def give_back(fd: int, lenient: bool) -> bool:
+        back.append(fd)
+        return True
+
+    servers.append(serve(app))
+    with pair() as (w, fd, peer):
+        servers[0].adopt(fd, peer, GET, give_back=give_back)
+        assert w.answer().body == b"hello"
+        eventually(lambda: back == [fd], "while the loop is held")
+        assert not servers[0].channels
+        go_on.set()
+        os.close(fd)
+
+
+def test_a_stop_waited_for_connections_that_had_gone_back(serve: Served) -> None:
+    """The stop counts an adopted connection whose worker is about to give it back; that must end the stop, too."""
+    leaving, go_on = threading.Event(), threading.Event()
+
+    class Late(wire.Channel):
+        def _leave(self, give_back: Any) -> None:
+            leaving.set()
+            assert go_on.wait(WAIT_S)
+            super()._leave(give_back)
+
+    server = serve(echo)
+    server.channel_class = Late
+    with pair() as (w, fd, peer):
+        server.adopt(fd, peer, get(), give_back=lambda fd, lenient: False)
+        assert w.answer().status == 200
+        assert leaving.wait(WAIT_S)
+        ended: list[bool] = []
+        stop = threading.Thread(target=lambda: ended.append(server.stop(WAIT_S)))
+        stop.start()
+        eventually(lambda: server.stopping and server._timers, "the stop has begun")
+        go_on.set()
+        stop.join(WAIT_S / 2)
+        assert ended == [True]
+        assert w.closed()
+
+
 def test_nothing_is_left_behind(serve: Served) -> None:
     def open_files() -> int:
         gc.collect()
