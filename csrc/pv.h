@@ -585,6 +585,20 @@ PV_API int pv_dat_append_time(int dat_fd, uint8_t version, uint64_t offset, uint
 PV_API int pv_dat_find_since(int dat_fd, int idx_fd, uint8_t width, uint8_t version, uint64_t rows, uint64_t since_ns,
                              uint64_t *offset, uint64_t *row, pv_errinfo *err) PV_WUR;
 
+/* ------------------------------------------------------------------ records for a follower (pv_follow.c) */
+
+#define PV_FOLLOW_RECORD_MAX 262144 /* bytes behind a header; what is longer is not worth a copy more */
+#define PV_FOLLOW_GROWTH 10         /* bytes that a message may be longer than its record */
+/* Puts records from *offset on into out, each serialised as a VolumeTailSenderResponse of its own, one behind the other:
+ * message i ends before ends[i]. Returns how many, up to max. *offset then is where to go on, *last_append_ns the latest
+ * append time met if that is later than what it was (version 3). Zero-filled regions are stepped over without a message.
+ * Stops, maybe at once, before a record that is long, damaged, cut off or cannot be read, or has a negative size, and at
+ * end_offset: 0 with *offset unmoved says that pv_dat_scan must tell what is there. A last record that lacks only padding
+ * counts as whole, *offset is then behind the end. Nothing is checked but the places. out is the caller's, of cap bytes, of
+ * which max * PV_FOLLOW_GROWTH are not read into. fd is borrowed. Errors: PV_EVERSION, PV_EINVAL (max or cap). */
+PV_API int pv_dat_follow(int fd, uint8_t version, uint64_t *offset, uint64_t end_offset, uint8_t *out, size_t cap,
+                         uint32_t *ends, size_t max, uint64_t *last_append_ns, pv_errinfo *err) PV_WUR;
+
 /* ------------------------------------------------------------------ maps kept outside (pv_vol.c, pv_live.c) */
 
 /* Sets the figures of the map of a PV_VOL_NO_MAP handle. Every write and delete that is given the entry it finds counts on

@@ -84,6 +84,8 @@ class Lib:
     PV_ESTALE: Final[int]
     PV_ESYS: Final[int]
     PV_EVERSION: Final[int]
+    PV_FOLLOW_GROWTH: Final[int]
+    PV_FOLLOW_RECORD_MAX: Final[int]
     PV_F_COMPRESSED: Final[int]
     PV_F_MANIFEST: Final[int]
     PV_F_MIME: Final[int]
@@ -209,6 +211,20 @@ class Lib:
     def pv_dat_append_time(self, a0: int, a1: int, a2: int, a3: CData, a4: CData, /) -> int: ...
     def pv_dat_find_since(
         self, a0: int, a1: int, a2: int, a3: int, a4: int, a5: int, a6: CData, a7: CData, a8: CData, /
+    ) -> int: ...
+    def pv_dat_follow(
+        self,
+        a0: int,
+        a1: int,
+        a2: CData,
+        a3: int,
+        a4: CData | bytes,
+        a5: int,
+        a6: CData,
+        a7: int,
+        a8: CData,
+        a9: CData,
+        /,
     ) -> int: ...
     def pv_dat_scan(self, a0: int, a1: int, a2: CData, a3: int, a4: int, a5: CData, a6: int, a7: CData, /) -> int: ...
     def pv_dat_walk(self, a0: int, a1: int, a2: CData, a3: int, a4: int, a5: int, a6: CData, /) -> int: ...

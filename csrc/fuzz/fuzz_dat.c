@@ -2,7 +2,8 @@
  * 1..2 version - 1, bit 3 bodies are checked), 2 bytes length of the index, 8 bytes a time, 2 bytes an offset, all
  * little-endian, then the index, then the data.
  *
- * What a walk finds must not depend on how many records are asked for at a time, and every record must lie in the file. */
+ * What a walk finds must not depend on how many records are asked for at a time, every record must lie in the file, and a
+ * follower gets each of them but the zero-filled, the long and those of negative size. */
 #include "../test/t.h"
 
 #define RECORDS_MAX 600U
@@ -39,6 +40,81 @@ static void go(walk *w, int fd, uint8_t version, uint64_t from, uint64_t end, in
     CHECK(w->rc == 0 || w->rc == PV_EEOF || w->rc == PV_ECORRUPT || w->rc == PV_EVERSION);
 }
 
+typedef struct file {
+    int fd;
+    uint8_t version;
+    const uint8_t *bytes;
+    size_t len;
+} file;
+
+/* The next record that is not zero-filled; its end goes to *at. */
+static pv_scan_rec next_record(const file *f, uint64_t *at) {
+    pv_scan_rec rec;
+    do {
+        CHECK_EQ(pv_dat_scan(f->fd, f->version, at, UINT64_MAX, 0, &rec, 1, NULL), 1);
+    } while (rec.id == 0 && rec.cookie == 0 && rec.size == 0);
+    return rec;
+}
+
+/* Holds a message against the record it was made of. */
+static void check_message(const file *f, const pv_scan_rec *rec, const uint8_t *message, size_t len) {
+    size_t end = (size_t)(rec->offset + (uint64_t)rec->record_len);
+    size_t body = (end < f->len ? end : f->len) - (size_t)rec->offset - PV_NEEDLE_HEADER;
+    const uint8_t *p = message;
+    CHECK(*p++ == 0x0A && *p++ == PV_NEEDLE_HEADER);
+    CHECK_MEM(p, f->bytes + rec->offset, PV_NEEDLE_HEADER);
+    p += PV_NEEDLE_HEADER;
+    CHECK(*p++ == 0x12);
+    size_t said = 0;
+    for (unsigned shift = 0;; shift += 7) {
+        said |= (size_t)(*p & 0x7F) << shift;
+        if (*p++ < 0x80) {
+            break;
+        }
+    }
+    CHECK_EQ(said, body);
+    CHECK_MEM(p, f->bytes + rec->offset + PV_NEEDLE_HEADER, body);
+    p += body;
+    CHECK(p[0] == 0x18 && p[1] == 1 && p[2] == 0x20 && p[3] == f->version);
+    CHECK_EQ(p + 4 - message, len);
+}
+
+/* A follower's walk with batches of so many messages: what it is given, and where it stops. */
+static void follow(const file *f, uint64_t from, size_t cap, size_t max) {
+    static uint8_t out[32 << 10];
+    uint32_t ends[64];
+    uint64_t at = from;
+    uint64_t walked = from;
+    uint64_t latest = 0;
+    pv_errinfo err;
+    for (;;) {
+        uint64_t before = at;
+        int count = pv_dat_follow(f->fd, f->version, &at, f->len, out, cap, ends, max, &latest, &err);
+        if (count < 0) {
+            CHECK_EQ(count, PV_EVERSION);
+            return;
+        }
+        size_t start = 0;
+        for (int i = 0; i < count; i++) {
+            const pv_scan_rec rec = next_record(f, &walked);
+            CHECK(rec.size >= 0 && ends[i] <= cap);
+            check_message(f, &rec, out + start, ends[i] - start);
+            start = ends[i];
+        }
+        pv_scan_rec rec;
+        while (walked < at) { /* zero-filled ones behind the last message */
+            CHECK_EQ(pv_dat_scan(f->fd, f->version, &walked, UINT64_MAX, 0, &rec, 1, NULL), 1);
+            CHECK(rec.id == 0 && rec.cookie == 0 && rec.size == 0);
+        }
+        CHECK_EQ(walked, at);
+        if (at == before && pv_dat_scan(f->fd, f->version, &at, UINT64_MAX, 0, &rec, 1, NULL) <= 0) {
+            return; /* nothing more to be had */
+        }
+        CHECK(at != before);
+        walked = at;
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
     static int dat_fd = -1, idx_fd = -1;
     static walk whole, single;
@@ -71,6 +147,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
         CHECK(r->offset + (uint64_t)r->record_len <= dat_len + 8); /* padding may be missing at the end */
         at = r->offset + (uint64_t)r->record_len;
     }
+
+    const file f = {.fd = dat_fd, .version = version, .bytes = data + idx_len, .len = dat_len};
+    follow(&f, from, 16 << 10, 64);
+    follow(&f, from, 600, 3);
 
     pv_errinfo err;
     uint64_t ns = 0;

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvolume._native import engine, since
+from pyvolume._native.follow import RECORD_MAX, Follower
 from pyvolume.errors import (
     CorruptNeedle,
     NativeCode,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 PIECE_BYTES: Final = 2 << 20
 """Upstream's limit for the bytes of one message."""
-SCAN_RECORDS: Final = 512
+SCAN_RECORDS: Final = 16
+"""How many headers are looked at where records are long; those between them are not."""
+SCAN_ROWS: Final = 512
 HEADER_BYTES: Final = 16
 CURRENT_VERSION: Final = 3
 MAX_RECORD_BYTES: Final = (1 << 30) + (1 << 20)
@@ -66,7 +69,7 @@ class Snapshot:
     rows: int
     end: int
     last_append_ns: int = 0
-    """Append time of the last record that `records` gave."""
+    """Append time of the last record that `follow` gave."""
 
     def find_since(self, since_ns: int) -> int | None:
         """Byte offset of the first record appended after since_ns; None if there is none.
@@ -101,27 +104,39 @@ class Snapshot:
         except OSError as exc:
             raise from_os_error(exc, "read", self.volume.dat_path) from exc
 
-    def records(self, start: int) -> Iterator[Piece]:
-        """Every record from start on, tombstones included, in pieces. Raises StorageError.
+    def follow(self, start: int) -> Iterator[list[bytes] | Piece]:
+        """Every record from start on, tombstones included. Raises StorageError.
 
+        Most come as the messages of a follower, many at a time (`_native.follow`), those that are long in pieces.
         Zero-filled regions, which upstream sends as records of id 0, are left out.
         """
-        offset, window = start, _Window(self)
+        offset, window, follower = start, _Window(self), Follower(self.dat_fd, self.volume.version)
         while True:
-            try:
-                records, offset = engine.dat_scan(
-                    self.dat_fd, self.volume.version, offset, self.end, False, SCAN_RECORDS
-                )
-            except engine.NativeError as exc:
-                if exc.code == NativeCode.EEOF:
-                    return  # the file ends within a record: not acknowledged, or being rolled back
-                raise StorageError(f"cannot read needle header at offset {offset}: {exc}") from exc
+            messages, after = follower.take(offset, self.end)
+            if messages:
+                self.last_append_ns = max(self.last_append_ns, follower.last_append_ns)
+                yield messages
+            if after != offset:
+                offset = after
+                continue
+            records, offset = self._scan(offset)
             if not records:
                 return
-            for record in records:
-                if record.id == 0 and record.cookie == 0 and record.size == 0:
-                    continue
+            yield from self._pieces(window, records[0])
+            for record in records[1:]:
+                if record.size <= RECORD_MAX:
+                    offset = record.offset
+                    break
                 yield from self._pieces(window, record)
+
+    def _scan(self, offset: int) -> tuple[list[engine.ScanRec], int]:
+        """A few records from offset on, and where to go on; none at the end."""
+        try:
+            return engine.dat_scan(self.dat_fd, self.volume.version, offset, self.end, False, SCAN_RECORDS)
+        except engine.NativeError as exc:
+            if exc.code == NativeCode.EEOF:
+                return [], offset  # the file ends within a record: not acknowledged, or being rolled back
+            raise StorageError(f"cannot read needle header at offset {offset}: {exc}") from exc
 
     def _pieces(self, window: _Window | scan.Window, record: engine.ScanRec | scan.Header) -> Iterator[Piece]:
         header = memoryview(_HEADER.pack(record.cookie, record.id, record.size))
@@ -180,7 +195,7 @@ class RemoteSnapshot(Snapshot):
             for back, row in enumerate(reversed(rows), 1):
                 if row.offset:
                     return first + len(rows) - back, row
-            end, count = first, SCAN_RECORDS
+            end, count = first, SCAN_ROWS
         return None
 
     def _time_of(self, row: engine.IdxRow) -> int:
@@ -191,8 +206,8 @@ class RemoteSnapshot(Snapshot):
             raise CorruptNeedle("EOF", path=self.volume.dat_path, offset=row.offset)
         return int(_TIME.unpack(self._read(at, _TIME.size))[0])
 
-    def records(self, start: int) -> Iterator[Piece]:
-        """As Snapshot.records."""
+    def follow(self, start: int) -> Iterator[list[bytes] | Piece]:
+        """As Snapshot.follow; all in pieces."""
         window = scan.Window(self._view_at, self.end, PIECE_BYTES)
         for header in scan.headers(window, self.volume.version, start, self.end):
             if header.id == 0 and header.cookie == 0 and header.size == 0:

@@ -13,8 +13,10 @@ import grpc
 import pytest
 from grpc_helpers import wait_for
 from grpc_nodes import COOKIE, Peer, Server, content, put, relay
+from oracle import formats
 
 from pyvolume._native import engine, since
+from pyvolume._native.follow import RECORD_MAX
 from pyvolume.errors import NativeCode, NeedleDeleted, NeedleNotFound, StorageError
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server import pull
@@ -194,9 +196,39 @@ def test_zeros_are_no_records(source: Server) -> None:
         with open(source.directories[0] / "3.dat", "ab") as data:
             data.write(bytes(64))
         files.end += 64
-        pieces = list(files.records(8))
-        assert len(pieces) == 1
+        batches = list(files.follow(8))
+        assert [len(batch) for batch in batches] == [1]
         assert files.last_append_ns == volume.read_needle(1).append_at_ns
+
+
+def test_messages_made_by_the_engine_are_the_library_s(source: Server) -> None:
+    """Records on both sides of what the engine takes, the long ones first, last and between short ones."""
+    volume = source.make(3)
+    around = range(RECORD_MAX - 40, RECORD_MAX + 20, 3)
+    sizes = [RECORD_MAX + 9, *range(1, 40), *around, 7, 3 << 20, 5, 0, RECORD_MAX + 5]
+    for key, size in enumerate(sizes, 1):
+        put(volume, key, os.urandom(size))
+    volume.delete_needle(2, COOKIE)
+    data = Path(volume.dat_path).read_bytes()
+    expected = []
+    for offset, record in formats.records(data, 3):
+        body = record[16:]
+        pieces = [body[at : at + tail.PIECE_BYTES] for at in range(0, len(body), tail.PIECE_BYTES)]
+        for number, piece in enumerate(pieces, 1):
+            last = number == len(pieces)
+            expected.append((offset, record[:16], piece, last))
+    stream = source.client.channel.unary_stream(
+        "/volume_server_pb.VolumeServer/VolumeTailSender",
+        request_serializer=pb.VolumeTailSenderRequest.SerializeToString,
+        response_deserializer=None,
+    )
+    came = list(stream(pb.VolumeTailSenderRequest(volume_id=3, idle_timeout_seconds=1), timeout=30))
+    beat = pb.VolumeTailSenderResponse(is_last_chunk=True, version=3).SerializeToString()
+    assert came.pop() == beat
+    assert len(came) == len(expected)
+    for message, (offset, header, body, last) in zip(came, expected, strict=True):
+        made = pb.VolumeTailSenderResponse(needle_header=header, needle_body=body, is_last_chunk=last, version=3)
+        assert message == made.SerializeToString(deterministic=True), offset
 
 
 def test_a_record_that_is_cut_off_is_not_sent(source: Server) -> None:
@@ -205,7 +237,7 @@ def test_a_record_that_is_cut_off_is_not_sent(source: Server) -> None:
     put(volume, 2, b"x" * 100)
     with tail.snapshot(volume) as files:
         files.end -= 40
-        assert len(list(files.records(8))) == 1
+        assert [len(batch) for batch in files.follow(8)] == [1]
 
 
 # -- receiving --------------------------------------------------------------------------------------------------------

@@ -38,16 +38,28 @@ CUT_TOLD_WITHIN_S = 0.25
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-def sending(call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
-    """The messages of a long stream, for as long as the client takes them. Raises CallEnded once it has gone."""
+def sending(call: Call, batches: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+    """The batches of a long stream, for as long as the client takes them. Raises CallEnded once it has gone.
+
+    Each batch is made while the one before is being sent. What was made before a failure goes out first.
+    """
     watch = Watch(CLIENT_SILENCE_LIMIT_S, call.context.cancel)
+    failure: StorageError | None = None
     try:
-        for message in messages:
-            with watch:
-                yield message
-            call.check()
+        try:
+            for batch in batches:
+                with watch:
+                    yield batch
+                call.check()
+        except StorageError as exc:
+            failure = exc
+        with watch:
+            yield []  # the last one has gone out
+        call.check()
     finally:
         watch.stop()
+    if failure is not None:
+        raise failure
 
 
 def copy_file(call: Call, request: Any) -> Iterator[Any]:
@@ -70,13 +82,13 @@ def copy_file(call: Call, request: Any) -> Iterator[Any]:
         yield from sending(call, _file_messages(source, request.stop_offset))
 
 
-def _file_messages(source: copy.OutgoingFile, stop_offset: int) -> Iterator[bytes]:
+def _file_messages(source: copy.OutgoingFile, stop_offset: int) -> Iterator[list[bytes]]:
     modified_ts_ns = source.modified_ts_ns
     for piece in source.pieces(stop_offset):
-        yield wire.file_piece(piece, modified_ts_ns)
+        yield [wire.file_piece(piece, modified_ts_ns)]
         modified_ts_ns = 0
     if modified_ts_ns:
-        yield wire.file_piece(b"", modified_ts_ns)
+        yield [wire.file_piece(b"", modified_ts_ns)]
 
 
 def receive_file(call: Call, requests: Iterator[Any]) -> Any:
@@ -170,7 +182,7 @@ def volume_incremental_copy(call: Call, request: Any) -> Iterator[Any]:
         start = files.find_since(request.since_ns)
         if start is None:
             return
-        yield from sending(call, (wire.file_piece(piece) for piece in files.raw(start)))
+        yield from sending(call, ([wire.file_piece(piece)] for piece in files.raw(start)))
 
 
 # -- a volume ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pyvolume.errors import (
 )
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.ec_peers import reader_of
+from pyvolume.server.grpc import wire
 from pyvolume.server.grpc.calls import Call, Handler
 from pyvolume.server.grpc.status import Refusal
 from pyvolume.server.grpc.sync import volume_or_not_found
@@ -344,7 +345,7 @@ def read_all_needles(call: Call, request: Any) -> Iterator[Any]:
     here ends the stream with an error behind what was sent.
     """
     for vid in request.volume_ids:
-        yield from _read_volume(call, volume_or_not_found(call, vid))
+        yield from wire.batches(_read_volume(call, volume_or_not_found(call, vid)))
 
 
 def _read_volume(call: Call, volume: Volume) -> Iterator[Any]:

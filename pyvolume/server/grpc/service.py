@@ -19,6 +19,7 @@ import grpc
 from pyvolume.pb import master_pb2, volume_server_pb2
 from pyvolume.server.address import join_host_port
 from pyvolume.server.grpc import (
+    bulk,
     copy,
     ec,
     needles,
@@ -222,7 +223,8 @@ class _Dispatcher:
                 self._gates.pass_gates(rpc, context)
                 held = self.budgets.take(rpc.kind)
                 started = time.monotonic()
-                yield from _implemented(rpc, handler)(Call(self._server, rpc, request_id, context), request)
+                made = _implemented(rpc, handler)(Call(self._server, rpc, request_id, context), request)
+                yield from bulk.spread(context, made)
                 ok = True
                 return
             except Exception as exc:

@@ -65,8 +65,13 @@ def _send_since(call: Call, volume: Volume, since_ns: int) -> Generator[Any, Non
         if start is None:
             yield frame.heartbeat()
             return since_ns
-        yield from sending(call, (frame.piece(*piece) for piece in files.records(start)))
+        yield from sending(call, _batches(files, start, frame))
         return max(since_ns, files.last_append_ns)
+
+
+def _batches(files: tail.Snapshot, start: int, frame: wire.TailFrame) -> Iterator[list[bytes]]:
+    for made in files.follow(start):
+        yield made if type(made) is list else [frame.piece(*made)]
 
 
 def _wait(call: Call, ended: Event) -> None:

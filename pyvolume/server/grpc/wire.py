@@ -7,6 +7,7 @@ repeated and unknown fields). A handler may give such bytes wherever a message i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 CONTENT_FIELD: Final = 1
@@ -14,6 +15,10 @@ CONTENT_FIELD: Final = 1
 MODIFIED_FIELD: Final = 2
 HEADER_FIELD, BODY_FIELD, LAST_FIELD, VERSION_FIELD = 1, 2, 3, 4
 """Fields of VolumeTailSenderResponse."""
+
+BATCH_BYTES: Final = 512 << 10
+BATCH_MESSAGES: Final = 256
+"""What `batches` holds at most before it gives it away; one message may be longer."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
@@ -29,6 +34,23 @@ def serialize(message: Any) -> bytes:
         return message
     made: bytes = message.SerializeToString()
     return made
+
+
+def batches(messages: Iterable[Any]) -> Iterator[list[bytes]]:
+    """Serialised messages, some at a time (bulk.spread sends them). What came before a failure comes before it."""
+    batch: list[bytes] = []
+    held_bytes = 0
+    try:
+        for message in messages:
+            batch.append(serialize(message))
+            held_bytes += len(batch[-1])
+            if held_bytes >= BATCH_BYTES or len(batch) >= BATCH_MESSAGES:
+                yield batch
+                batch, held_bytes = [], 0
+    except Exception:
+        yield batch
+        raise
+    yield batch
 
 
 def _varint(value: int) -> bytes:
