@@ -1228,8 +1228,8 @@ PV_API PV_QUICK void pv_lane_serve(pv_lane *l, uint32_t serve);
 /* Where the other copies of a volume are, as `address:port` with one blank between, addresses as numbers, at most four; for
  * ttl_ms from now. Writes of the volume are then copied by the lane; "" and PV_EINVAL (anything else): by the other lane. */
 PV_API int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_ms) PV_WUR;
-/* Takes a connection (back), idle, with nothing unread. flags: enum pv_lane_conn_flag. PV_ECLOSED when stopping and
- * PV_ENOMEM: the descriptor stays the caller's. */
+/* Takes a connection (back), idle, with nothing unread. flags: enum pv_lane_conn_flag. PV_ECLOSED when stopping,
+ * PV_ENOMEM and PV_ESYS: the descriptor stays the caller's. */
 PV_API PV_QUICK int pv_lane_give(pv_lane *l, int fd, uint32_t flags) PV_WUR;
 /* A descriptor, the lane's own, that is readable while there may be connections to take over, and from the end on. */
 PV_API PV_QUICK int pv_lane_mail_fd(const pv_lane *l);

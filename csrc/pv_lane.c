@@ -1,7 +1,7 @@
 /* pv_lane.c - the fast lane: epoll threads that serve plain needle requests, and hand everything else over.
  *
- * A connection belongs to one lane thread, or to the mailbox, or to the other lane; it moves by a message, never by a shared
- * list. It is in one of four states:
+ * A connection belongs to one lane thread, or to the mailbox, or to the other lane; one that comes back lies with the thread's inbox
+ * until the thread takes it into its list. It is in one of four states:
  *   reading   waits for bytes of a request: EPOLLIN. Idle ones hold no buffer
  *   pending   an I/O thread works for it (conn.op): no events but errors
  *   blocked   an answer waits for room in the socket (conn.out): EPOLLOUT
@@ -55,11 +55,9 @@
 typedef struct op op;
 typedef struct lane_thread lane_thread;
 
-typedef struct msg {
+typedef struct msg { /* a job has ended */
     struct msg *next;
-    op *done; /* a job that has ended, or NULL: a connection comes back */
-    int fd;
-    uint32_t flags; /* enum pv_lane_conn_flag */
+    op *done;
 } msg;
 
 /* An answer the socket did not take at once. */
@@ -147,6 +145,7 @@ struct lane_thread {
     pthread_mutex_t inbox_lock;
     msg *inbox;
     msg *inbox_last;
+    conn *given; /* came back, and epoll knows of them; inbox_lock */
     conn *first;
     conn *last;
     conn *ready_first;
@@ -1566,6 +1565,21 @@ static void accept_some(lane_thread *t, const listener *from, unsigned most) {
 
 /* ------------------------------------------------------------------ the loop of a lane thread */
 
+/* Takes the connections that came back into the list. Before any event is looked at: it may be of one of them. Nobody woke this
+ * thread for them; it sleeps no longer than they may be idle. */
+static void take_given(lane_thread *t) {
+    pv__mutex_lock(&t->inbox_lock);
+    conn *c = t->given;
+    t->given = NULL;
+    pv__mutex_unlock(&t->inbox_lock);
+    while (c != NULL) {
+        conn *next = c->next;
+        list_append(t, c);
+        COUNT(t, given, 1);
+        c = next;
+    }
+}
+
 static void read_inbox(lane_thread *t) {
     uint64_t drained;
     (void)!read(t->wake_fd, &drained, sizeof drained);
@@ -1574,18 +1588,8 @@ static void read_inbox(lane_thread *t) {
     t->inbox = t->inbox_last = NULL;
     pv__mutex_unlock(&t->inbox_lock);
     while (m != NULL) {
-        msg *next = m->next;
-        if (m->done != NULL) {
-            job_done(t, m->done);
-        } else {
-            if (open_conn(t, m->fd, m->flags)) {
-                COUNT(t, given, 1);
-            } else {
-                (void)close(m->fd);
-                atomic_fetch_sub(&t->lane->connections, 1);
-            }
-            pv__free(m);
-        }
+        msg *next = m->next; /* m is a part of what is freed with the job */
+        job_done(t, m->done);
         m = next;
     }
 }
@@ -1635,8 +1639,8 @@ static int next_timeout(const lane_thread *t) {
     }
     uint64_t now = now_ms(t);
     uint64_t due = UINT64_MAX;
-    if (t->first != NULL && t->lane->idle_ms != 0) {
-        due = t->first->active_ms + t->lane->idle_ms;
+    if (t->lane->idle_ms != 0) { /* without a connection, too: one may come back meanwhile */
+        due = (t->first != NULL ? t->first->active_ms : now) + t->lane->idle_ms;
     }
     if (!t->listening && t->accept_at_ms != 0 && t->accept_at_ms < due) {
         due = t->accept_at_ms;
@@ -1694,6 +1698,7 @@ static void *lane_main(void *arg) {
     for (;;) {
         int n = epoll_wait(t->epoll_fd, events, EVENTS, next_timeout(t));
         t->now_ns = clock_ns(CLOCK_MONOTONIC);
+        take_given(t);
         bool woken = false;
         const listener *arrived[LISTENERS_MAX];
         size_t arrivals = 0;
@@ -1726,7 +1731,8 @@ static void *lane_main(void *arg) {
             continue;
         }
         if (!swept) {
-            read_inbox(t); /* nothing is given any more: what came before the stop is all here */
+            take_given(t); /* nothing is given any more: what came before the stop is all here */
+            read_inbox(t);
             sweep(t);
             swept = t->reads_ended = true;
         }
@@ -1768,11 +1774,11 @@ static void thread_free(lane_thread *t) {
     if (t->wake_fd >= 0) {
         (void)close(t->wake_fd);
     }
-    for (msg *m = t->inbox; m != NULL;) { /* connections that came back too late */
-        msg *next = m->next;
-        (void)close(m->fd);
-        pv__free(m);
-        m = next;
+    for (conn *c = t->given; c != NULL;) { /* came back too late */
+        conn *next = c->next;
+        (void)close(c->fd);
+        pv__free(c);
+        c = next;
     }
     pv__must(pthread_mutex_destroy(&t->inbox_lock));
     pv__free(t);
@@ -1913,25 +1919,34 @@ int pv_lane_replicas(pv_lane *l, uint32_t vid, const char *hosts, uint32_t ttl_m
 }
 
 int pv_lane_give(pv_lane *l, int fd, uint32_t flags) {
-    msg *m = pv__calloc(1, sizeof *m);
-    if (m == NULL) {
+    conn *c = pv__calloc(1, sizeof *c);
+    if (c == NULL) {
         return PV_ENOMEM;
     }
-    m->fd = fd;
-    m->flags = flags & (PV_LANE_PUBLIC | PV_LANE_SERVED | PV_LANE_LENIENT);
-    uint32_t i = atomic_fetch_add(&l->next_thread, 1) % l->thread_count;
+    c->fd = fd;
+    c->flags = flags & (PV_LANE_PUBLIC | PV_LANE_SERVED | PV_LANE_LENIENT);
+    c->mask = EPOLLIN;
+    c->active_ms = clock_ns(CLOCK_MONOTONIC) / 1000000;
+    lane_thread *t = l->threads[atomic_fetch_add(&l->next_thread, 1) % l->thread_count];
+    int rc = PV_ECLOSED;
     pv__mutex_lock(&l->life);
-    bool open = l->started && !atomic_load(&l->stopping);
-    if (open) {
-        atomic_fetch_add(&l->connections, 1);
-        post(l->threads[i], m);
+    if (l->started && !atomic_load(&l->stopping)) {
+        /* Under the lock that the thread takes before it looks at an event: it finds the connection in its list then. */
+        struct epoll_event ev = {.events = EPOLLIN, .data.ptr = c};
+        pv__mutex_lock(&t->inbox_lock);
+        rc = epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? PV_ESYS : 0;
+        if (rc == 0) {
+            c->next = t->given;
+            t->given = c;
+            atomic_fetch_add(&l->connections, 1);
+        }
+        pv__mutex_unlock(&t->inbox_lock);
     }
     pv__mutex_unlock(&l->life);
-    if (!open) {
-        pv__free(m);
-        return PV_ECLOSED;
+    if (rc < 0) {
+        pv__free(c);
     }
-    return 0;
+    return rc;
 }
 
 int pv_lane_mail_fd(const pv_lane *l) {

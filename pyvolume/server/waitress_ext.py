@@ -1500,6 +1500,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.lock = threading.Lock()
         self.state = _HEAD
         self.mask = 0
+        self.registered = False  # epoll knows of it
         self.inbuf: bytes | bytearray = b""  # read, not yet understood; an idle connection holds none
         self.ahead = False  # inbuf holds bytes that came with the previous request and were not looked at
         self.scanned = 0  # of inbuf: looked through for the end of the head
@@ -1599,15 +1600,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _set_mask(self, mask: int) -> bool:
         """Loop while it owns the channel, else with the lock held. False: no longer with epoll."""
-        if mask != self.mask and not self.dead:
+        if (mask != self.mask or not self.registered) and not self.dead:
             self.mask = mask
             try:
-                self.server.epoll.modify(self._fileno, mask)
+                if self.registered:
+                    self.server.epoll.modify(self._fileno, mask)
+                else:
+                    self.registered = True
+                    self.server.epoll.register(self._fileno, mask)
             except (OSError, ValueError):  # only when the server is being torn down
                 self.dead = True
         return not self.dead
 
     def _unregister(self) -> None:
+        if not self.registered:
+            return
+        self.registered = False
         try:
             self.server.epoll.unregister(self._fileno)
         except (OSError, ValueError):
@@ -2166,6 +2174,16 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.inbuf = b""
             self._take_bytes(data)
 
+    def begin_adopted(self, data: bytes) -> None:
+        """Loop: the first bytes of a connection that epoll does not know yet. If a whole request is among them, it need
+        not before something is to be waited for."""
+        if data:
+            self._take_bytes(data)
+        with self.lock:
+            if self.registered or self.state in (_BUSY, _CLOSED) or self._set_mask(_IN):
+                return
+        self._drop()
+
     def _drain(self, head: RequestHead | None) -> None:
         """The answer is out and says close: like Go, wait for up to 256 KiB of the body before hanging up."""
         if head is None or self.gone:
@@ -2254,6 +2272,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def check_client_disconnected(self) -> bool:
         """True when the client has hung up (even half), or nothing moved for the idle timeout: Go cancels then too."""
         limit = self.server.idle_timeout_s
+        if not self.registered and not self.gone:
+            poller = select.poll()
+            poller.register(self._fileno, select.POLLRDHUP)
+            self.gone = bool(poller.poll(0))
         return self.gone or (limit > 0 and time.monotonic() - self.last_activity >= limit)
 
     def service(self) -> None:
@@ -2697,7 +2719,14 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         # what is told here need not be asked of the kernel; the family matters only to calls that nobody makes
         kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
         sock = socket.socket(socket.AF_INET, kind, socket.IPPROTO_TCP, sock_fd)
-        self._take_over(sock, peer, data, served, lenient, give_back)
+        if self.stopping:
+            sock.close()
+            return
+        self.counts.adopted += 1
+        channel: Channel = self.channel_class(self, sock, _shown(peer))
+        self.channels[sock_fd] = channel
+        channel.served, channel.lenient, channel.give_back = served, lenient, give_back
+        channel.begin_adopted(data)
 
     def _take_over(
         self,
@@ -2886,19 +2915,17 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
             self._open_channel(sock, addr)
 
     def _open_channel(self, sock: socket.socket, addr: tuple[Any, ...]) -> Channel | None:
-        host = addr[0]
-        if host[:7] == "::ffff:":
-            host = host[7:]  # Go shows mapped addresses as IPv4
         try:
             if sock.gettimeout() != 0:
                 sock.setblocking(False)
-            channel: Channel = self.channel_class(self, sock, (host, addr[1]))
+            channel: Channel = self.channel_class(self, sock, _shown(addr))
             fd = channel._fileno
             self.channels[fd] = channel
             channel.mask = _IN
             self.epoll.register(fd, _IN)
+            channel.registered = True
         except OSError as e:
-            _log.warning("cannot serve a connection of %s: %s", host, e)
+            _log.warning("cannot serve a connection of %s: %s", addr[0], e)
             self.channels.pop(sock.fileno(), None)
             sock.close()
             return None
@@ -3005,6 +3032,12 @@ class VolumeHTTPServer(TcpWSGIServer):  # type: ignore[misc]
         for channel in list(self.channels.values()):
             channel.force_stop()
         self._finished = True
+
+
+def _shown(addr: tuple[Any, ...]) -> tuple[str, int]:
+    """A peer's address as Go has it: mapped ones as IPv4."""
+    host: str = addr[0]
+    return (host[7:] if host[:7] == "::ffff:" else host), addr[1]
 
 
 class _ErrorStream:

@@ -123,6 +123,21 @@ def test_handed_over_and_given_back(running: tuple[lane.Lane, int]) -> None:
     assert (stats.accepted, stats.given, stats.handed_over["head"]) == (1, 1, 2)
 
 
+def test_a_connection_that_came_back_to_a_sleeping_thread_was_never_idle() -> None:
+    """Nobody wakes the thread for it, so the thread must not sleep for longer than such a connection may be idle."""
+    one = make(engine.Registry(), idle_timeout_s=0.5)
+    fd, port = listener()
+    one.listen(fd, public=False)
+    one.start()
+    with socket.create_connection(("127.0.0.1", port), 20) as sock:
+        sock.sendall(b"PATCH / HTTP/1.1\r\n")
+        (handed,) = take(one) or ()
+        assert one.give(handed.fd, public=False, lenient=False)
+        assert sock.recv(1) == b""
+    assert one.stats().idle_closed == 1
+    one.stop(1.0)
+
+
 def test_a_taker_is_told_of_the_end(running: tuple[lane.Lane, int]) -> None:
     one, _ = running
     told: list[object] = []

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -2716,14 +2717,19 @@ HANDED_OVER = {
 }
 
 
+@pytest.mark.parametrize("where", ["anywhere", "on the loop"])
 @pytest.mark.parametrize("kind", HANDED_OVER)
-def test_adopted_at_every_byte(serve: Served, kind: str) -> None:
+def test_adopted_at_every_byte(serve: Served, kind: str, where: str) -> None:
     """A connection handed over with the first n bytes of a request already read, for every n; kept alive afterwards."""
     data, method, status = HANDED_OVER[kind]
     server = serve(Store())
     for n in range(len(data) + 1):
         with pair() as (w, fd, peer):
-            server.adopt(fd, peer, data[:n])
+            if where == "anywhere":
+                server.adopt(fd, peer, data[:n])
+            else:
+                os.set_blocking(fd, False)
+                server.call_soon(partial(server.adopt_here, fd, peer, data[:n]))
             w.send(data[n:])
             a = w.answer(method)
             assert a.status == status, n
@@ -2743,6 +2749,56 @@ def test_adopted_with_several_requests(serve: Served) -> None:
         told = [json.loads(w.answer().body) for _ in range(3)]
         assert [t["path"] for t in told] == ["/1", "/2", "/3"]
         assert told[1]["body"] == "two"
+
+
+def adopted_on_the_loop(server: wire.VolumeHTTPServer, fd: int, peer: tuple[str, int], data: bytes) -> None:
+    os.set_blocking(fd, False)
+    server.call_soon(lambda: server.adopt_here(fd, peer, data, give_back=lambda fd, lenient: False))
+
+
+def test_a_request_handed_over_whole_did_not_see_its_client_leave(serve: Served) -> None:
+    """epoll is not told of such a connection, so the application's question looks at the socket."""
+    asked, seen = threading.Event(), threading.Event()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        assert not environ["pyvolume.client_gone"]()
+        asked.set()
+        end = time.monotonic() + WAIT_S
+        while not environ["pyvolume.client_gone"]() and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.set()
+        start_response("200 OK", [])
+        return [b"late"]
+
+    server = serve(app, idle_timeout_s=600.0)
+    with pair() as (w, fd, peer):
+        adopted_on_the_loop(server, fd, peer, get())
+        assert asked.wait(WAIT_S)
+        w.sock.shutdown(socket.SHUT_WR)
+        assert seen.wait(WAIT_S / 2)
+        assert w.answer().body == b"late"
+        eventually(lambda: not server.channels)
+
+
+def test_a_mapped_address_was_shown_as_it_came(serve: Served) -> None:
+    server = serve(echo)
+    with pair() as (w, fd, _):
+        adopted_on_the_loop(server, fd, ("::ffff:10.1.2.3", 7), get())
+        assert json.loads(w.answer().body)["peer"] == "10.1.2.3"
+
+
+def test_a_large_answer_of_a_request_handed_over_whole(serve: Served) -> None:
+    """It does not fit into the socket: the rest is sent when there is room, of which epoll must tell then."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Length", str(32 << 20))])
+        return [bytes(1 << 20)] * 32
+
+    server = serve(app)
+    with pair() as (w, fd, peer):
+        adopted_on_the_loop(server, fd, peer, get())
+        eventually(lambda: any(channel.registered for channel in server.channels.values()), "epoll is told")
+        assert len(w.answer().body) == 32 << 20
 
 
 def test_adopted_from_many_threads(serve: Served) -> None:
