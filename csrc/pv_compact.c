@@ -25,6 +25,8 @@
 #define RUN_BYTES ((size_t)512 << 10)
 #define RUN_GAP ((size_t)64 << 10) /* skipping less than this costs more than reading it */
 #define OUT_BYTES ((size_t)512 << 10)
+#define BEGIN_BYTES ((uint64_t)4 << 20)
+#define PAGE 4096U
 #define ROWS_OUT 4096U
 #define LOCKED_ROWS_MAX 2048U                 /* what is left to catch up under append_lock: at most so many rows */
 #define LOCKED_BYTES_MAX ((uint64_t)16 << 20) /* and about so many bytes, unless writers outrun the copy */
@@ -64,6 +66,7 @@ struct pv_compact {
     uint8_t *run;
     uint8_t *out;
     size_t out_len;
+    uint64_t begun; /* bytes of the new .dat that the disk was told to write */
     uint8_t *rows_out;
     size_t rows_out_len;
     uint64_t rows_out_at;
@@ -75,11 +78,22 @@ struct pv_compact {
 
 /* ------------------------------------------------------------------ writing the new files */
 
+/* Writes what stands in c->out. The disk begins with it while the copy goes on, so that the flush at the end is short. */
+static int write_out(pv_compact *c, pv_errinfo *err) {
+    int rc = pv__io_pwrite(c->dat_fd, c->out, c->out_len, c->dat_end - c->out_len, err);
+    c->out_len = 0;
+    uint64_t whole = c->dat_end / PAGE * PAGE; /* a page that is on its way to the disk may hold up who writes to it */
+    if (rc == 0 && whole - c->begun >= BEGIN_BYTES) {
+        pv__io_begin_writing(c->dat_fd, c->begun, whole - c->begun);
+        c->begun = whole;
+    }
+    return rc;
+}
+
 static int flush_out(pv_compact *c, pv_errinfo *err) {
     int rc = 0;
     if (c->out_len > 0) {
-        rc = pv__io_pwrite(c->dat_fd, c->out, c->out_len, c->dat_end - c->out_len, err);
-        c->out_len = 0;
+        rc = write_out(c, err);
     }
     if (rc == 0 && c->rows_out_len > 0) {
         rc = pv__io_pwrite(c->idx_fd, c->rows_out, c->rows_out_len, c->rows_out_at, err);
@@ -93,11 +107,10 @@ static int put_bytes(pv_compact *c, const void *data, size_t len, pv_errinfo *er
     const uint8_t *p = data;
     while (len > 0) {
         if (c->out_len == OUT_BYTES) {
-            int rc = pv__io_pwrite(c->dat_fd, c->out, c->out_len, c->dat_end - c->out_len, err);
+            int rc = write_out(c, err);
             if (rc < 0) {
                 return rc;
             }
-            c->out_len = 0;
         }
         size_t n = OUT_BYTES - c->out_len < len ? OUT_BYTES - c->out_len : len;
         memcpy(c->out + c->out_len, p, n);

@@ -237,6 +237,8 @@ int pv__io_pread_aside(int fd, int direct_fd, void *buf, size_t len, uint64_t of
                        pv_errinfo *err) PV_WUR;
 /* As pv__io_pwrite, past the page cache where direct_fd and the alignment allow it; else the disk begins at once. */
 int pv__io_pwrite_aside(int fd, int direct_fd, const void *buf, size_t len, uint64_t offset, pv_errinfo *err) PV_WUR;
+/* The disk begins to write a stretch; nobody waits for it. Where that cannot be said to it, nothing happens. */
+void pv__io_begin_writing(int fd, uint64_t offset, uint64_t len);
 int pv__io_datasync(int fd, pv_errinfo *err) PV_WUR; /* fdatasync */
 int pv__io_sync(int fd, pv_errinfo *err) PV_WUR;     /* fsync */
 int pv__io_truncate(int fd, uint64_t size, pv_errinfo *err) PV_WUR;

@@ -284,9 +284,13 @@ int pv__io_pwrite_aside(int fd, int direct_fd, const void *buf, size_t len, uint
     }
     int rc = pv__io_pwrite(fd, p + done, len - done, offset + done, err);
     if (rc == 0) {
-        (void)sync_file_range(fd, (off_t)(offset + done), (off_t)(len - done), SYNC_FILE_RANGE_WRITE);
+        pv__io_begin_writing(fd, offset + done, len - done);
     }
     return rc;
+}
+
+void pv__io_begin_writing(int fd, uint64_t offset, uint64_t len) {
+    (void)sync_file_range(fd, (off_t)offset, (off_t)len, SYNC_FILE_RANGE_WRITE);
 }
 
 int pv__io_datasync(int fd, pv_errinfo *err) {

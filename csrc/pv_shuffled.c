@@ -7,6 +7,9 @@
  * of those that are through goes back. Rows of one key stay in the order of the file throughout, which is all that a map's
  * content and counters depend on.
  *
+ * On their way to the buckets rows of 8 bytes gather in lines of eight: a write to one of thousands of places at a time costs a
+ * miss of the cache and of the page table each, and so it is one for eight rows.
+ *
  * If 8 bytes a row are not enough the third pass is made for a part of the buckets at a time. Keys that crowd in few
  * buckets are no harm: such a bucket is given to the map as it stands, which is what a load without all this does.
  */
@@ -23,6 +26,7 @@
 #define BUCKET_BITS_MAX 12U
 #define SORT_MAX 65536U /* rows of a bucket; more are not sorted */
 #define DIGIT_BITS 8U
+#define LINE_ROWS 8U /* of 8 bytes: a line of the cache */
 #define DELTA_BITS_MAX 48U
 
 typedef struct span {
@@ -53,6 +57,7 @@ typedef struct loader {
     uint32_t buckets;
     uint32_t *count;  /* rows of each bucket */
     uint32_t *cursor; /* where the next row of a bucket goes; behind its last one in the end */
+    uint64_t *lines;  /* LINE_ROWS for each bucket: rows that are not at their place yet; not for wide ones */
     uint64_t **chunks;
     size_t chunk_count;
     pv_idx_row *read;
@@ -152,21 +157,23 @@ static inline void unpack(const loader *l, const packed *p, uint64_t base, pv_id
     row->reserved = 0;
 }
 
-static inline void store(const loader *l, uint64_t at, packed p) {
+static inline void store_wide(const loader *l, uint64_t at, packed p) {
     uint64_t *chunk = l->chunks[at >> CHUNK_BITS];
     at &= CHUNK_ROWS - 1;
-    if (l->wide) {
-        chunk[2 * at] = p.low;
-        chunk[2 * at + 1] = p.high;
-    } else {
-        chunk[at] = p.low;
-    }
+    chunk[2 * at] = p.low;
+    chunk[2 * at + 1] = p.high;
 }
 
-static inline packed fetch(const loader *l, uint64_t at) {
-    const uint64_t *chunk = l->chunks[at >> CHUNK_BITS];
-    at &= CHUNK_ROWS - 1;
-    return l->wide ? (packed){chunk[2 * at], chunk[2 * at + 1]} : (packed){chunk[at], 0};
+/* Puts what has gathered of a line at its place, behind whose last row `end` is. */
+static inline void store_line(const loader *l, uint64_t b, uint64_t end) {
+    uint64_t at = (end - 1) & ~(uint64_t)(LINE_ROWS - 1);
+    uint64_t *to = l->chunks[at >> CHUNK_BITS] + (at & (CHUNK_ROWS - 1));
+    memcpy(to, l->lines + b * LINE_ROWS, LINE_ROWS * sizeof *to);
+}
+
+/* Buckets begin with a line. */
+static inline uint64_t line_begin(uint64_t at) {
+    return (at + LINE_ROWS - 1) & ~(uint64_t)(LINE_ROWS - 1);
 }
 
 static inline bool fits_narrow(const loader *l, const pv_idx_row *row) {
@@ -194,25 +201,42 @@ static int place_rows(loader *l, const pv_idx_row *rows, size_t n, void *ctx) {
             (!l->wide && !fits_narrow(l, &rows[i]))) {
             return PV_ECORRUPT;
         }
-        store(l, l->cursor[b]++, pack(l, &rows[i]));
+        uint64_t at = l->cursor[b]++;
+        packed row = pack(l, &rows[i]);
+        if (l->wide) {
+            store_wide(l, at, row);
+            continue;
+        }
+        l->lines[b * LINE_ROWS + at % LINE_ROWS] = row.low;
+        if (at % LINE_ROWS == LINE_ROWS - 1) {
+            store_line(l, b, at + 1);
+        }
     }
     return 0;
 }
 
 /* ------------------------------------------------------------------ sorting and giving */
 
+/* Where the rows of each value of a digit go, from how many there are. */
+static void places(uint32_t *at, uint64_t mask) {
+    for (uint64_t i = 1; i <= mask; i++) {
+        at[i] += at[i - 1];
+    }
+}
+
+static uint64_t mask_of(const loader *l, unsigned digit) {
+    return digit + DIGIT_BITS <= l->shift ? (1U << DIGIT_BITS) - 1 : ((uint64_t)1 << (l->shift - digit)) - 1;
+}
+
 /* Sorts by distance, digit after digit; stable. The result is in l->bucket. */
-static void sort_bucket(loader *l, size_t n) {
+static void sort_wide(loader *l, size_t n) {
     for (unsigned digit = 0; digit < l->shift; digit += DIGIT_BITS) {
         uint32_t at[(1U << DIGIT_BITS) + 1] = {0};
-        const uint64_t mask =
-            digit + DIGIT_BITS <= l->shift ? (1U << DIGIT_BITS) - 1 : ((uint64_t)1 << (l->shift - digit)) - 1;
+        const uint64_t mask = mask_of(l, digit);
         for (size_t i = 0; i < n; i++) {
             at[(l->bucket[i].low >> digit & mask) + 1]++;
         }
-        for (unsigned i = 1; i <= mask; i++) {
-            at[i] += at[i - 1];
-        }
+        places(at, mask);
         for (size_t i = 0; i < n; i++) {
             l->other[at[l->bucket[i].low >> digit & mask]++] = l->bucket[i];
         }
@@ -222,22 +246,64 @@ static void sort_bucket(loader *l, size_t n) {
     }
 }
 
+/* The same for rows of 8 bytes, which begin at *rows; other has as much room. The result is in *rows. */
+static void sort_narrow(const loader *l, uint64_t **rows, uint64_t *other, size_t n) {
+    uint64_t *from = *rows;
+    for (unsigned digit = 0; digit < l->shift; digit += DIGIT_BITS) {
+        uint32_t at[(1U << DIGIT_BITS) + 1] = {0};
+        const uint64_t mask = mask_of(l, digit);
+        for (size_t i = 0; i < n; i++) {
+            at[(from[i] >> digit & mask) + 1]++;
+        }
+        places(at, mask);
+        for (size_t i = 0; i < n; i++) {
+            other[at[from[i] >> digit & mask]++] = from[i];
+        }
+        uint64_t *sorted = other;
+        other = from;
+        from = sorted;
+    }
+    *rows = from;
+}
+
+/* Takes n rows at `at` out, sorted if so asked: wide ones to l->bucket, others to *narrow, which lies there, too. */
+static void take_rows(loader *l, uint64_t at, size_t n, bool sorts, uint64_t **narrow) {
+    if (l->wide) {
+        for (size_t i = 0; i < n; i++) {
+            const uint64_t *chunk = l->chunks[(at + i) >> CHUNK_BITS];
+            uint64_t within = (at + i) & (CHUNK_ROWS - 1);
+            l->bucket[i] = (packed){chunk[2 * within], chunk[2 * within + 1]};
+        }
+        if (sorts) {
+            sort_wide(l, n);
+        }
+        return;
+    }
+    *narrow = (uint64_t *)l->bucket;
+    for (size_t done = 0; done < n;) {
+        uint64_t within = (at + done) & (CHUNK_ROWS - 1);
+        size_t count = CHUNK_ROWS - within < n - done ? (size_t)(CHUNK_ROWS - within) : n - done;
+        memcpy(*narrow + done, l->chunks[(at + done) >> CHUNK_BITS] + within, count * sizeof **narrow);
+        done += count;
+    }
+    if (sorts) {
+        sort_narrow(l, narrow, (uint64_t *)l->other, n);
+    }
+}
+
 /* Gives the rows of a bucket, which stand at [at, end), to the map. */
 static int give_bucket(loader *l, uint64_t base, uint64_t at, uint64_t end) {
     bool sorts = end - at <= SORT_MAX;
     while (at < end) {
         size_t n = end - at < SORT_MAX ? (size_t)(end - at) : SORT_MAX;
-        for (size_t i = 0; i < n; i++) {
-            l->bucket[i] = fetch(l, at + i);
-        }
-        if (sorts) {
-            sort_bucket(l, n);
-        }
+        uint64_t *narrow = NULL;
+        take_rows(l, at, n, sorts, &narrow);
         at += n;
         for (size_t done = 0; done < n;) {
             size_t count = n - done < READ_ROWS ? n - done : READ_ROWS;
             for (size_t i = 0; i < count; i++) {
-                unpack(l, &l->bucket[done + i], base, &l->read[i]);
+                packed row = narrow != NULL ? (packed){narrow[done + i], 0} : l->bucket[done + i];
+                unpack(l, &row, base, &l->read[i]);
             }
             uint64_t ignored = 0;
             int rc = pv__map_apply(l->map, l->read, count, &ignored);
@@ -264,6 +330,7 @@ static void drop_chunk(loader *l, size_t i) {
 static int one_round(loader *l, const part *p, pv_errinfo *err) {
     uint64_t at = 0;
     for (uint32_t b = p->first; b < p->end; b++) {
+        at = line_begin(at);
         l->cursor[b] = (uint32_t)at;
         at += l->count[b];
     }
@@ -277,14 +344,19 @@ static int one_round(loader *l, const part *p, pv_errinfo *err) {
     part mutable_part = *p;
     int rc = each_batch(l, place_rows, &mutable_part, err);
     uint64_t begin = 0;
+    size_t dropped = 0;
     for (uint32_t b = p->first; b < p->end && rc == 0; b++) {
-        if (l->cursor[b] != begin + l->count[b]) {
+        begin = line_begin(begin);
+        uint64_t end = l->cursor[b];
+        if (end != begin + l->count[b]) {
             return pv__fail(err, PV_ECORRUPT, 0, 0, 0, 1);
         }
-        uint64_t end = l->cursor[b];
+        if (!l->wide && end % LINE_ROWS != 0) {
+            store_line(l, b, end);
+        }
         rc = give_bucket(l, l->key_min + ((uint64_t)b << l->shift), begin, end);
-        for (uint64_t c = begin >> CHUNK_BITS; c < end >> CHUNK_BITS; c++) {
-            drop_chunk(l, (size_t)c);
+        for (; dropped < end >> CHUNK_BITS; dropped++) {
+            drop_chunk(l, dropped);
         }
         begin = end;
         if (rc < 0) {
@@ -325,6 +397,7 @@ static void loader_free(loader *l) {
     pv__free(l->chunks);
     pv__free(l->count);
     pv__free(l->cursor);
+    pv__free(l->lines);
     pv__free(l->read);
     pv__free(l->bucket);
     pv__free(l->other);
@@ -353,8 +426,9 @@ int pv__map_load_shuffled(pv_map *m, int fd, uint8_t width, uint64_t first_row, 
     rc = PV_ENOMEM;
     l.count = pv__calloc(l.buckets, sizeof *l.count);
     l.cursor = pv__calloc(l.buckets, sizeof *l.cursor);
-    l.chunks = pv__calloc((size_t)(rows >> CHUNK_BITS) + 1, sizeof *l.chunks);
-    if (l.count == NULL || l.cursor == NULL || l.chunks == NULL) {
+    l.lines = pv__calloc((size_t)l.buckets * LINE_ROWS, sizeof *l.lines);
+    l.chunks = pv__calloc((size_t)((rows + (uint64_t)l.buckets * LINE_ROWS) >> CHUNK_BITS) + 1, sizeof *l.chunks);
+    if (l.count == NULL || l.cursor == NULL || l.lines == NULL || l.chunks == NULL) {
         goto out;
     }
     rc = each_batch(&l, count_rows, NULL, err);
