@@ -364,9 +364,9 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
                 found.idx_path,
                 summary.file_bytes - dropped,
             )
-        holed = may_repair and summary.blank_rows > 0
-        if holed and _drop_rows_behind_hole(found, summary):
-            holed = False
+        hole = _find_hole(found, dat_fd, summary) if may_repair else None
+        if hole is not None and _drop_rows_behind_hole(found, summary, hole):
+            hole = None
             summary = _summarize(found)
         if (
             may_repair
@@ -385,7 +385,7 @@ def _check_and_repair(found: _Files, options: LoadOptions) -> bool:
                 verdict = TailVerdict.DAT_LONGER
                 info = engine.NativeInfo(0, 0, found.dat_end, indexed_end, 0, 0)
     # needles that a hole hides are missing: nobody may write them anew as if they had never been
-    return _is_damaged(found, summary, verdict, info) or holed
+    return _is_damaged(found, summary, verdict, info) or hole is not None
 
 
 def _summarize(found: _Files) -> engine.IdxSummary:
@@ -433,9 +433,21 @@ def _recover_head(found: _Files, dat_fd: int, overwritten: int) -> bool:
     return restored > 0
 
 
-def _drop_rows_behind_hole(found: _Files, summary: engine.IdxSummary) -> bool:
-    """What a power cut left of the index behind its first row of zeros is not trusted."""
-    text = f"{summary.blank_rows} rows of zeros in {found.idx_path}, the first is row {summary.first_blank_row}"
+def _find_hole(found: _Files, dat_fd: int, summary: engine.IdxSummary) -> int | None:
+    """The first row that a power cut left out, or left half; None if there is none."""
+    blank = summary.first_blank_row if summary.blank_rows else None
+    with files.opened(found.idx_path) as idx_fd:
+        torn = index_files.torn_row(
+            dat_fd, idx_fd, width=found.width, block=found.block, end_row=summary.rows if blank is None else blank
+        )
+    return blank if torn is None else torn
+
+
+def _drop_rows_behind_hole(found: _Files, summary: engine.IdxSummary, hole: int) -> bool:
+    """What a power cut left of the index behind its first row that is not whole is not trusted."""
+    text = f"row {hole} of {found.idx_path} is not whole"
+    if summary.blank_rows:
+        text = f"{summary.blank_rows} rows of zeros in {found.idx_path}, the first is row {summary.first_blank_row}"
     try:
         repair = index_files.drop_rows_behind_hole(
             found.dat_path,
@@ -443,7 +455,7 @@ def _drop_rows_behind_hole(found: _Files, summary: engine.IdxSummary) -> bool:
             found.base_path,
             width=found.width,
             block=found.block,
-            first_blank=summary.first_blank_row,
+            first_blank=hole,
         )
     except index_files.RepairRefused as exc:
         log.warning("volume %d: %s, left alone because %s", found.vid, text, exc)

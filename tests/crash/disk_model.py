@@ -99,7 +99,8 @@ class Trace:
     directory_flushes: dict[str, list[Flush]] = field(default_factory=dict)
     notes: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
-    """Places just before a call that changes something, and the end: notes in between belong to the state before."""
+    """Places just before a call that changes something, and the end: notes in between belong to the state before. None
+    before the note `filled`, if there is one."""
     writes: dict[int, Change] = field(default_factory=dict)
     """By the cut that is the first to include it."""
 
@@ -124,6 +125,8 @@ class Trace:
                 trace.cuts.append(at)
             if op is Op.NOTE:
                 note = json.loads(data)
+                if note["e"] == "filled":
+                    trace.cuts.clear()
                 if note["e"] == "dir":
                     directories[note["inode"]] = os.path.relpath(note["path"], base)
                 trace.notes.append((at, note))

@@ -233,7 +233,7 @@ def index_outruns_data(state: dict[str, bytearray], killed: dict[str, bytearray]
     return False
 
 
-CASES = [(name, 5 if name in ("vacuum-two-dirs", "group") else 4) for name in SCENARIOS]
+CASES = [(name, 5 if name in ("vacuum-two-dirs", "group") or name.startswith("pages") else 4) for name in SCENARIOS]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Started by test_trace.py as a process with the library preloaded: `trace_workload.py DIR SCENARIO SEED WIDTH`. DIR gets
 `data/` and `idx/`. Notes are JSON: `begin` and then `ack` or `fail` of one operation; an operation without a key is a
 barrier: once it is acknowledged, everything acknowledged before it began is on disk. `created`: the volume is there.
+`filled`: what is to be looked at begins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from pyvolume._native import engine
@@ -270,6 +272,30 @@ def repair(w: Workload) -> None:
         w.tracer.note(e="ack", id=number)
 
 
+def pages(w: Workload, page: int) -> None:
+    """An index of rows of 17 bytes, one of which lies across the end of a page: another part of it with each page."""
+    versions = count(1)
+    volume = w.create()
+    for number in range(page * 4096 // 17 - 16):
+        volume.write_needle(NeedleIn(1 << 56 | 1, COOKIE, b"%d" % number))
+    for key in range(1, 7):
+        w.put(volume, key << 56 | key, next(versions))
+    number = w.barrier_begin()
+    volume.sync()
+    w.tracer.note(e="ack", id=number)
+    w.tracer.note(e="filled")
+    rng = w.rng
+    for _ in range(34):
+        key = rng.randrange(1, 9)
+        key |= key << 56
+        if w.known.get(key) is not None and rng.random() < 0.25:
+            w.delete(volume, key)
+        else:
+            fresh = w.known.get(key) is None and rng.random() < 0.2
+            w.put(volume, key, 0 if fresh else next(versions), fsync=rng.random() < 0.35)
+    volume.close()
+
+
 def append(path: str, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY)
     try:
@@ -288,6 +314,10 @@ SCENARIOS = {
     "faulty": faulty,
     "faulty-vacuum": faulty_vacuum,
     "repair": repair,
+    "pages-2": partial(pages, page=2),
+    "pages-4": partial(pages, page=4),
+    "pages-6": partial(pages, page=6),
+    "pages-9": partial(pages, page=9),
 }
 
 
