@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pyvolume import _pv
 from pyvolume._native.borrow import Buffer, borrow
 
 _ffi: Final[Any] = _pv.ffi
 _lib: Final[Any] = _pv.lib
+_unpack: Final[Any] = _ffi.unpack
 
 
 _SCRATCH_BYTES: Final = 16384  # covers every rendering of an ordinary request without a second try
@@ -67,6 +68,11 @@ class PlanFlag(enum.IntFlag):
     CLOSE = 128  # close the connection after this answer
 
 
+_URL_KINDS: Final = tuple(UrlKind)
+_PLAN_RESULTS: Final = tuple(PlanResult)
+_NO_PLAN_FLAGS: Final = PlanFlag(0)
+
+
 class IdError(ValueError):
     """A volume id or file id that is none; `text` is upstream's wording as raw bytes, str() the same decoded."""
 
@@ -99,13 +105,20 @@ class _Scratch(threading.local):
         self.err: Any = _ffi.new("pv_errinfo *")
         self.size: Any = _ffi.new("size_t *")
         self.text: Any = _ffi.new("pv_text *")
+        self.url: Any = _ffi.new("pv_url *")
+        self.id_error: Any = _ffi.new("pv_id_error *")
+        self.vid: Any = _ffi.new("uint32_t *")
+        self.cookie: Any = _ffi.new("uint32_t *")
+        self.key: Any = _ffi.new("uint64_t *")
+        self.plan: Any = _ffi.new("pv_plan *")
 
 
 _scratch = _Scratch()
 
 
 def _bytes(text: Any) -> bytes:
-    return bytes(_ffi.buffer(text.p, text.n)) if text.n else b""
+    out: bytes = _unpack(text.p, text.n) if text.n else b""
+    return out
 
 
 def _render(call: Any) -> bytes:
@@ -113,9 +126,11 @@ def _render(call: Any) -> bytes:
     s = _scratch
     n = call(s.buf, s.cap)
     if n <= s.cap:
-        return bytes(_ffi.buffer(s.buf, n))
-    buf = _ffi.new("char[]", n)
-    return bytes(_ffi.buffer(buf, call(buf, n)))
+        text: bytes = _unpack(s.buf, n)
+    else:
+        buf = _ffi.new("char[]", n)
+        text = _unpack(buf, call(buf, n))
+    return text
 
 
 class _Texts:
@@ -142,8 +157,7 @@ class _Texts:
 # ---------------------------------------------------------------------- file ids in paths
 
 
-@dataclass(frozen=True, slots=True)
-class UrlPath:
+class UrlPath(NamedTuple):
     """A request path taken apart. `claim_fid` is what the fid claim of a token is compared with."""
 
     kind: UrlKind
@@ -159,13 +173,13 @@ class UrlPath:
 def parse_url(raw: bytes) -> UrlPath:
     """Takes a path as sent (percent-encoded, without query) apart; raises BadEscape."""
     s = _scratch
-    out = _ffi.new("pv_url *")
-    buf = s.buf if len(raw) <= s.cap else _ffi.new("char[]", len(raw))
-    src = _ffi.from_buffer("char[]", raw)
-    if _lib.pv_url_parse(src, len(raw), buf, max(len(raw), s.cap), out, s.err) != 0:
+    out = s.url
+    size = len(raw)
+    buf = s.buf if size <= s.cap else _ffi.new("char[]", size)
+    if _lib.pv_url_parse(raw, size, buf, max(size, s.cap), out, s.err) != 0:
         raise BadEscape(f"invalid URL escape at byte {int(s.err.b)}")
     return UrlPath(
-        UrlKind(out.kind),
+        _URL_KINDS[out.kind],
         _bytes(out.path),
         _bytes(out.vid),
         _bytes(out.fid),
@@ -190,23 +204,18 @@ def _id_error(e: Any) -> IdError:
 
 def parse_vid(text: bytes) -> int:
     """Volume id of its decimal text; raises IdError with upstream's text (above 32 bits: out of range)."""
-    vid = _ffi.new("uint32_t *")
-    e = _ffi.new("pv_id_error *")
-    src = _ffi.from_buffer("char[]", text)
-    if _lib.pv_vid_parse(src, len(text), vid, e) != 0:
-        raise _id_error(e)
-    return int(vid[0])
+    s = _scratch
+    if _lib.pv_vid_parse(text, len(text), s.vid, s.id_error) != 0:
+        raise _id_error(s.id_error)
+    return int(s.vid[0])
 
 
 def parse_fid(text: bytes) -> tuple[int, int]:
     """(key, cookie) of `<key hex><cookie hex>[_delta]`; raises IdError with upstream's text."""
-    key = _ffi.new("uint64_t *")
-    cookie = _ffi.new("uint32_t *")
-    e = _ffi.new("pv_id_error *")
-    src = _ffi.from_buffer("char[]", text)
-    if _lib.pv_fid_parse(src, len(text), key, cookie, e) != 0:
-        raise _id_error(e)
-    return int(key[0]), int(cookie[0])
+    s = _scratch
+    if _lib.pv_fid_parse(text, len(text), s.key, s.cookie, s.id_error) != 0:
+        raise _id_error(s.id_error)
+    return int(s.key[0]), int(s.cookie[0])
 
 
 # ---------------------------------------------------------------------- ranges, dates, conditions
@@ -388,8 +397,7 @@ class GetNeedle:
     sniff_offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BodyPart:
+class BodyPart(NamedTuple):
     """One stretch of a body: `text`, then `length` bytes of the data from `offset`."""
 
     text: bytes
@@ -397,8 +405,7 @@ class BodyPart:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class GetPlan:
+class GetPlan(NamedTuple):
     """An answer, complete but for Date, Server, X-Amz-Request-Id, CORS and Connection (see flags)."""
 
     result: PlanResult
@@ -414,7 +421,7 @@ class GetPlan:
     def headers(self) -> list[tuple[str, str]]:
         """(name, value) pairs, bytes as latin-1."""
         lines = self.head.decode("latin-1").split("\r\n")[:-1]
-        return [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+        return [line.partition(": ")[::2] for line in lines]
 
 
 def plan_get(req: GetRequest, needle: GetNeedle, table: MimeTable | None) -> GetPlan:
@@ -425,11 +432,16 @@ def plan_get(req: GetRequest, needle: GetNeedle, table: MimeTable | None) -> Get
     t = _Texts()
     s = _scratch
     r = _ffi.new("pv_get_req *")
-    t.put(r.filename, req.filename)
-    t.put(r.accept_encoding, req.accept_encoding)
-    t.put(r.range, req.range)
-    t.put(r.if_modified_since, req.if_modified_since)
-    t.put(r.if_none_match, req.if_none_match)
+    if req.filename:
+        t.put(r.filename, req.filename)
+    if req.accept_encoding:
+        t.put(r.accept_encoding, req.accept_encoding)
+    if req.range:
+        t.put(r.range, req.range)
+    if req.if_modified_since:
+        t.put(r.if_modified_since, req.if_modified_since)
+    if req.if_none_match:
+        t.put(r.if_none_match, req.if_none_match)
     for i, key in enumerate(OVERRIDES if req.overrides else ()):
         value = req.overrides.get(key)
         if value is not None:
@@ -465,7 +477,7 @@ def plan_get(req: GetRequest, needle: GetNeedle, table: MimeTable | None) -> Get
     n.checksum = needle.checksum
     n.flags = needle.flags
     n.plain = needle.plain
-    out = _ffi.new("pv_plan *")
+    out = s.plan
     mime = table.handle if table is not None else _ffi.NULL
     buf, parts = s.buf, s.parts
     rc = _lib.pv_get_plan(r, n, mime, buf, s.cap, parts, s.max_parts, out, s.err)
@@ -477,9 +489,9 @@ def plan_get(req: GetRequest, needle: GetNeedle, table: MimeTable | None) -> Get
         raise ValueError(f"needle cannot be planned ({rc})")
     view = _ffi.buffer(buf)
     return GetPlan(
-        PlanResult(rc),
+        _PLAN_RESULTS[rc],
         int(out.status),
-        PlanFlag(out.flags),
+        PlanFlag(out.flags) if out.flags else _NO_PLAN_FLAGS,
         view[0 : out.head_len],
         tuple(
             BodyPart(view[p.text_offset : p.text_offset + p.text_len], int(p.data_offset), int(p.data_len))
@@ -660,4 +672,6 @@ def canonical_header(name: bytes) -> bytes:
 
 def request_id(ns: int, random32: int) -> str:
     """Text of an X-Amz-Request-Id header."""
-    return _render(lambda buf, cap: _lib.pv_request_id(ns, random32, buf, cap)).decode("ascii")
+    s = _scratch
+    text: bytes = _unpack(s.buf, _lib.pv_request_id(ns, random32, s.buf, s.cap))
+    return text.decode("ascii")

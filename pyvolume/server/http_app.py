@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import random
 import socket
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -227,7 +227,12 @@ class App:
         )
         if environ["pyvolume.body_error"] is not None:
             request.body_error = str(environ["pyvolume.body_error"])
-        if headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data"):
+        content_type = headers.get(b"content-type")
+        if (
+            content_type is not None
+            and method not in ("POST", "PUT")
+            and content_type.lower().startswith(b"multipart/form-data")
+        ):
             request.form_fields = cache(partial(_form_fields, environ))
         events = self._ops.events
         if not self._public:
@@ -484,12 +489,21 @@ def make_public_app(context: ServerContext) -> App:
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
-_random = random.SystemRandom()
+_random: Iterator[int] = iter(())  # numbers that were fetched at once; to take one is one step of the interpreter's
+
+
+def _random32() -> int:
+    global _random  # noqa: PLW0603 - swapped whole; threads that find it used up at once each fetch their own
+    number = next(_random, None)
+    while number is None:
+        _random = iter(array("I", os.urandom(4096)))
+        number = next(_random, None)
+    return number
 
 
 def new_request_id() -> str:
     """X-Amz-Request-Id of one request, always of our own making."""
-    return native.request_id(time.time_ns(), _random.getrandbits(32))
+    return native.request_id(time.time_ns(), _random32())
 
 
 def _framed(start_response: StartResponse, response: Response) -> Iterable[Buffer]:
