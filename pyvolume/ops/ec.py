@@ -13,25 +13,35 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Final, Literal, Protocol
 
 from pyvolume._native import ec, engine
-from pyvolume.errors import CorruptNeedle, NeedleDeleted, PyvolumeError, StorageError, from_native
+from pyvolume.errors import CorruptNeedle, NeedleDeleted, NeedleNotFound, PyvolumeError, StorageError, from_native
 from pyvolume.faults import fault
 from pyvolume.ops.context import Helpers
 from pyvolume.storage.ec.layout import Interval, Layout
 from pyvolume.storage.ec.members import EcMembers
-from pyvolume.storage.ec.volume import EcShard, EcVolume
+from pyvolume.storage.ec.volume import EcShard, EcVolume, RecentDelete
 
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S: Final = 10.0
 DELETE_TIMEOUT_S: Final = 30.0
+DELETE_FRESH_S: Final = 1.0
+"""So old may be what is known of shards when a needle is deleted: who gave a shard away does not serve it any more."""
+HAND_OVER_S, HAND_OVER_PAUSE_S = 3.0, 0.1
+RECENT_S: Final = 3600.0
+"""Deletes of this time are told to whoever takes a shard over, if they came after it was copied."""
 PENALTY_S: Final = 10.0
 MAX_THREADS: Final = 64
 FRESH_FEW_S, FRESH_ENOUGH_S, FRESH_ALL_S = 11.0, 7 * 60.0, 37 * 60.0
 FALLBACK_SHARDS: Final = 14
+
+
+Mark = Literal["", "holder", "keep"]
+"""With a delete that a server sends on: to who has the shard, and does not send it on again; or to who is to keep it,
+for nobody has the shard. None: from who deletes."""
 
 
 class PeerDown(StorageError):
@@ -64,19 +74,38 @@ class EcPeers(Protocol):
     ) -> tuple[bytes, bool]:
         """(bytes, whether the needle is deleted there). Raises PeerDown, StorageError."""
 
-    def delete(self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float) -> None:
-        """Notes a delete. Raises PyvolumeError."""
+    def delete(
+        self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float, *, mark: Mark
+    ) -> None:
+        """Has a server note a delete. Raises PeerDown, PyvolumeError."""
+
+    def read_journal(self, address: str, vid: int, collection: str, timeout_s: float) -> list[int]:
+        """The deletes that a server knows of. Raises PeerDown, PyvolumeError."""
+
+    def is_self(self, address: str) -> bool:
+        """Whether an address is this server's."""
+
+    def delete_plain(self, vid: int, key: int, timeout_s: float) -> bool:
+        """Deletes a needle of a plain volume wherever it is; false if it is nowhere. Raises PyvolumeError."""
 
 
 class EcReader:
-    """Thread-safe. `clock` is for tests."""
+    """Thread-safe. `delete_here(vid, key, at_ns)` deletes a needle of a plain volume of this server unless it was
+    written after that time; false if there is no such volume, or it takes no deletes."""
 
-    def __init__(self, members: EcMembers, peers: EcPeers) -> None:
+    def __init__(
+        self,
+        members: EcMembers,
+        peers: EcPeers,
+        delete_here: Callable[[int, int, int], bool] = lambda _vid, _key, _at_ns: False,
+    ) -> None:
         self._members = members
         self._peers = peers
+        self._delete_here = delete_here
         self._helpers = Helpers(MAX_THREADS)
         self._lock = threading.Lock()
         self._down_until_s: dict[str, float] = {}
+        self._master_down_until_s = 0.0
 
     def close(self) -> None:
         """Ends the helper threads."""
@@ -91,7 +120,7 @@ class EcReader:
     def _read(self, volume: EcVolume, key: int) -> tuple[engine.Needle, int]:
         """The needle and the size that a delete of it reports."""
         offset, size = volume.lookup(key)
-        if size < 0:
+        if size < 0 or any(other.is_deleted(key) for other in self._members.copies(volume.vid) if other is not volume):
             raise NeedleDeleted("already deleted")
         length = volume.record_bytes(size)
         layout = volume.layout
@@ -111,9 +140,12 @@ class EcReader:
             raise CorruptNeedle(f"index key {key:x} does not match needle's Id {needle.id:x}", path=volume.base_path)
         return needle, volume.record_bytes(length)
 
-    def refresh(self, volume: EcVolume) -> None:
-        """Asks the master where shards are unless that is known well enough. Raises StorageError."""
-        if self._fresh_s(volume) > 0:
+    def refresh(self, volume: EcVolume, limit_s: float = FRESH_ALL_S) -> None:
+        """Asks the master where shards are unless that is known well enough, or for longer than limit_s.
+
+        Raises StorageError.
+        """
+        if self._fresh_s(volume) > 0 and time.monotonic() - volume.locations_at_s < limit_s:
             return
         try:
             found = self._peers.locate(volume.vid)
@@ -138,10 +170,17 @@ class EcReader:
         fresh_s = FRESH_FEW_S if known < ratio.data else FRESH_ALL_S if known == ratio.total else FRESH_ENOUGH_S
         return fresh_s - (time.monotonic() - volume.locations_at_s)
 
+    def _has_lowest(self, volume: EcVolume) -> bool:
+        """Whether this server has the first shard that there is: its holder notes deletes of needles that begin in a
+        shard which nobody has."""
+        elsewhere = [shard for shard, addresses in volume.shard_locations.items() if addresses]
+        here = [shard for each in self._members.copies(volume.vid) for shard in each.shards]
+        return bool(here) and min(here) <= min(elsewhere, default=min(here))
+
     def _tell_lane(self, volume: EcVolume) -> None:
         """Lets the fast lane make what nobody has of the shards here, as long as that is known."""
         view = volume.view
-        if view is not None:
+        if view is not None and self._has_lowest(volume):
             view.elsewhere([shard for shard, at in volume.shard_locations.items() if at], self._fresh_s(volume))
 
     def _read_here(self, volume: EcVolume, layout: Layout, offset: int, length: int) -> bytearray | None:
@@ -167,7 +206,7 @@ class EcReader:
                         break
                     if fds[number] < 0:
                         self._hold(volume, number, fds, held)
-                if len(held) < ratio.data:
+                if len(held) < ratio.data or not self._has_lowest(volume):
                     return None
             if not held or offset + length > ratio.data * held[0].size:
                 return None
@@ -205,6 +244,8 @@ class EcReader:
         if data is not None:
             return data
         data = self.read_remote(volume, key, interval)
+        if data is None and self._is_known_anew(volume):
+            data = self.read_remote(volume, key, interval)
         if data is not None:
             return data
         try:
@@ -213,6 +254,12 @@ class EcReader:
             raise
         except StorageError as exc:
             raise StorageError(f"ReadEcShardIntervals: {exc}") from exc
+
+    def _is_known_anew(self, volume: EcVolume) -> bool:
+        """Asks the master about shards, of which one is not where it was, unless that was done just now."""
+        before_s = volume.locations_at_s
+        self._refresh_if_possible(volume, FRESH_FEW_S)
+        return volume.locations_at_s != before_s
 
     def read_local(self, volume: EcVolume, interval: Interval) -> bytes | None:
         """The bytes from a shard on this server; None if it has none of this encode, or they cannot be read."""
@@ -255,8 +302,7 @@ class EcReader:
                 READ_TIMEOUT_S,
             )
         except PeerDown:
-            with self._lock:
-                self._down_until_s[address] = time.monotonic() + PENALTY_S
+            self._leave_alone(address)
             raise
         if deleted:
             raise NeedleDeleted("already deleted")
@@ -264,15 +310,24 @@ class EcReader:
             raise StorageError(f"{len(data)} bytes of {interval.length}")
         return data
 
+    def _leave_alone(self, address: str) -> None:
+        with self._lock:
+            self._down_until_s[address] = max(self._down_until_s.get(address, 0.0), time.monotonic() + PENALTY_S)
+
     def _is_down(self, address: str) -> bool:
         with self._lock:
             return self._down_until_s.get(address, 0.0) > time.monotonic()
 
     def _recover(self, volume: EcVolume, key: int, wanted: Interval) -> bytes:
-        """Makes a stretch of the same stretch of other shards; asks their servers all at once."""
+        """Makes a stretch of the same stretch of other shards; asks their servers all at once.
+
+        Deletes of needles that begin in a shard which is lost are noted by a holder of the first shard that there is:
+        unless that is this server, its answer is waited for.
+        """
         data = volume.ratio.data
         pieces: dict[int, bytes] = {}
-        elsewhere = []
+        elsewhere: list[Interval] = []
+        witness: int | None = None
         for shard in range(volume.ratio.total):
             if shard == wanted.shard:
                 continue
@@ -281,9 +336,12 @@ class EcReader:
             if piece is not None:
                 pieces[shard] = piece
             elif volume.shard_locations.get(shard):
+                if not pieces and not elsewhere:
+                    witness = shard
                 elsewhere.append(interval)
-        if len(pieces) < data:
-            self._collect(volume, key, elsewhere, pieces)
+        if len(pieces) >= data:
+            elsewhere = [interval for interval in elsewhere if interval.shard == witness]
+        self._collect(volume, key, elsewhere, pieces, witness)
         if len(pieces) < data:
             missing = [n for n in range(volume.ratio.total) if n not in pieces and n != wanted.shard]
             have = " ".join(str(n) for n in sorted(pieces))
@@ -297,8 +355,16 @@ class EcReader:
         except engine.NativeError as exc:
             raise from_native(exc.code, exc.info) from exc
 
-    def _collect(self, volume: EcVolume, key: int, intervals: Sequence[Interval], pieces: dict[int, bytes]) -> None:
-        """Adds pieces of other servers until there are enough. A shard that cannot be had is dropped from the cache."""
+    def _collect(
+        self,
+        volume: EcVolume,
+        key: int,
+        intervals: Sequence[Interval],
+        pieces: dict[int, bytes],
+        witness: int | None,
+    ) -> None:
+        """Adds pieces of other servers until there are enough and the holder of `witness` has answered. A shard that
+        cannot be had is dropped from the cache."""
         answers: queue.SimpleQueue[tuple[int, bytes | NeedleDeleted | None]] = queue.SimpleQueue()
 
         def fetch(interval: Interval) -> None:
@@ -316,11 +382,13 @@ class EcReader:
             shard, outcome = answers.get()
             if isinstance(outcome, NeedleDeleted):
                 raise outcome
+            if shard == witness:
+                witness = None
             if outcome is None:
                 volume.update_locations(lambda cache, shard=shard: cache.pop(shard, None))  # type: ignore[misc]
-                continue
-            pieces[shard] = outcome
-            if len(pieces) >= volume.ratio.data:
+            else:
+                pieces[shard] = outcome
+            if witness is None and len(pieces) >= volume.ratio.data:
                 return
 
     # ---------------------------------------------------------------------------------------------------------- deletes
@@ -335,8 +403,8 @@ class EcReader:
         self.refresh(volume)
         if cookie and not needle.empty and needle.cookie != cookie:
             raise UnexpectedCookie(f"unexpected cookie {cookie:x}")
-        offset, size = volume.lookup(key)
-        first = volume.layout.locate(offset, max(1, volume.record_bytes(max(0, size))))[0].shard
+        self._refresh_if_possible(volume, DELETE_FRESH_S)
+        first = self._first_shard(volume, key)
         failure = self._delete_at(volume, key, first)
         if failure is None:
             return reported
@@ -347,17 +415,211 @@ class EcReader:
                 return reported
         raise failure
 
-    def _delete_at(self, volume: EcVolume, key: int, shard: int) -> StorageError | None:
-        """Has one holder of a shard note the delete; the last failure if none did."""
-        failure: StorageError = _NoHolder(f"ec shard {volume.vid}.{shard}: ec shard missing")
-        for address in volume.shard_locations.get(shard, ()):
+    def _refresh_if_possible(self, volume: EcVolume, limit_s: float) -> None:
+        """Asks the master where shards are by now. Without an answer what is known has to do for a while."""
+        with self._lock:
+            if self._master_down_until_s > time.monotonic():
+                return
+        try:
+            self.refresh(volume, limit_s)
+        except StorageError as exc:
+            log.info("ec volume %d: %s", volume.vid, exc)
+            with self._lock:
+                self._master_down_until_s = time.monotonic() + PENALTY_S
+
+    def _first_shard(self, volume: EcVolume, key: int) -> int:
+        """The shard with the first byte of a needle. Raises NeedleNotFound, StorageError."""
+        offset, size = volume.lookup(key)
+        return volume.layout.locate(offset, max(1, volume.record_bytes(max(0, size))))[0].shard
+
+    def _delete_at(self, volume: EcVolume, key: int, shard: int, *, mark: Mark = "") -> StorageError | None:
+        """Has one holder of a shard note the delete; the last failure if none did. With a mark: another server."""
+        addresses = volume.shard_locations.get(shard, ())
+        if mark:
+            addresses = tuple(address for address in addresses if not self._peers.is_self(address))
+        what = f"ec shard {volume.vid}.{shard}"
+        return self._tell(addresses, volume.vid, volume.collection, key, volume.version, what, mark)
+
+    def _tell(
+        self,
+        addresses: Iterable[str],
+        vid: int,
+        collection: str,
+        key: int,
+        version: int,
+        what: str,
+        mark: Mark,
+    ) -> StorageError | None:
+        """Has one of the servers note a delete; the last failure if none did. One that is down is not asked again."""
+        failure: StorageError = _NoHolder(f"{what}: ec shard missing")
+        for address in addresses:
             try:
-                self._peers.delete(address, volume.vid, volume.collection, key, volume.version, DELETE_TIMEOUT_S)
+                if self._is_down(address):
+                    raise PeerDown(f"{address} did not answer")
+                self._peers.delete(address, vid, collection, key, version, DELETE_TIMEOUT_S, mark=mark)
             except PyvolumeError as exc:
-                failure = StorageError(f"failed to delete from ec shard {volume.vid} on {address}: {exc}")
+                if isinstance(exc, PeerDown):
+                    self._leave_alone(address)
+                failure = StorageError(f"failed to delete from ec shard {vid} on {address}: {exc}")
                 continue
             return None
         return failure
+
+    def note_delete(self, vid: int, key: int, *, mark: Mark) -> None:
+        """What a server is to do with a delete that is sent to it. Raises NeedleNotFound, StorageError.
+
+        It is noted in the journal of the first disk that has the volume. A server that does not have the shard of the
+        needle tells one that has it: the sender did not know that the shard has moved. Upstream notes it here, or
+        nowhere if the volume has gone, and says that all is well.
+        """
+        volume = self._members.find(vid)
+        if volume is None:
+            if not self._delete_here(vid, key, time.time_ns()):
+                if mark:
+                    raise StorageError(f"ec volume {vid} is not here any more")
+                self._delete_elsewhere(vid, key)
+            return
+        _, size = volume.lookup(key)
+        if size < 0 or self._members.is_deleted(vid, key):
+            return
+        first = self._first_shard(volume, key)
+        if self._members.find_shard(vid, first) is not None:
+            volume.journal(key, first=first)
+            if self._members.find_shard(vid, first) is None:  # it went meanwhile
+                self._pass_on(volume, key, first, 0.0)
+            return
+        if mark == "holder":
+            raise StorageError(f"ec shard {vid}.{first} is not here any more")
+        if mark != "keep" and self._pass_on(volume, key, first, 0.0):
+            return
+        # Nobody has the shard. Whoever gets it asks for this journal then; who has got it by now is told.
+        volume.journal(key, first=first)
+        if mark != "keep":
+            self._pass_on(volume, key, first, 0.0)
+
+    def catch_up(self, vid: int, shards: Collection[int]) -> bool:
+        """Fetches the deletes of needles in these shards, which were just mounted, that others noted while nobody had
+        them. False if the master could not be asked; a server that does not answer is passed over."""
+        volume = self._members.find(vid)
+        if volume is None or not shards:
+            return True
+        until_s = time.monotonic() + HAND_OVER_S
+        while True:
+            try:
+                found = self._peers.locate(vid)
+            except PyvolumeError as exc:
+                log.info("ec volume %d: deletes noted elsewhere are not known: %s", vid, exc)
+                return False
+            holders = {address for addresses in found.values() for address in addresses}
+            others = {address for address in holders if not self._peers.is_self(address)}
+            if not others:
+                return True
+            listed = {number for number, addresses in found.items() if any(map(self._peers.is_self, addresses))}
+            if listed.issuperset(shards) or time.monotonic() >= until_s:  # from then on deletes come here
+                break
+            time.sleep(HAND_OVER_PAUSE_S)
+        for address in sorted(others):
+            if self._is_down(address):
+                continue
+            try:
+                keys = self._peers.read_journal(address, vid, volume.collection, DELETE_TIMEOUT_S)
+                volume.merge_deletes(key for key in keys if self._begins_in(volume, key, shards))
+            except PyvolumeError as exc:
+                if isinstance(exc, PeerDown):
+                    self._leave_alone(address)
+                log.warning("ec volume %d: deletes noted on %s: %s", vid, address, exc)
+        return True
+
+    def _begins_in(self, volume: EcVolume, key: int, shards: Collection[int]) -> bool:
+        """Whether a needle is live here and has its first byte in one of the shards."""
+        if key in volume.deleted:
+            return False
+        try:
+            offset, size = volume.lookup(key)
+        except NeedleNotFound:
+            return False
+        return size >= 0 and volume.layout.locate(offset, 1)[0].shard in shards
+
+    def _pass_on(self, volume: EcVolume, key: int, first: int, fresh_s: float = DELETE_FRESH_S) -> bool:
+        """Tells another holder of the needle's first shard; false if there is none. Raises StorageError."""
+        self._refresh_if_possible(volume, fresh_s)
+        failure = self._delete_at(volume, key, first, mark="holder")
+        if failure is not None and not isinstance(failure, _NoHolder):
+            raise failure
+        return failure is None
+
+    def _delete_elsewhere(self, vid: int, key: int) -> bool:
+        """Tells whoever has the volume by now, as shards or plain; false if nobody has. Raises StorageError."""
+        if not self._peers.master:
+            return False
+        try:
+            found = self._peers.locate(vid)
+        except PyvolumeError as exc:
+            log.info("ec volume %d: %s", vid, exc)  # a master that knows of no shards says so with an error
+            found = {}
+        addresses = dict.fromkeys(each for shard in found.values() for each in shard if not self._peers.is_self(each))
+        if addresses:
+            # not marked: who is told may have other shards than the needle's, and passes it on
+            failure = self._tell(addresses, vid, "", key, 0, f"ec volume {vid}", "")
+            if failure is not None:
+                raise failure
+            return True
+        return self._delete_plain(vid, key)
+
+    def _delete_plain(self, vid: int, key: int) -> bool:
+        try:
+            return self._peers.delete_plain(vid, key, DELETE_TIMEOUT_S)
+        except StorageError:
+            raise
+        except PyvolumeError as exc:
+            raise StorageError(f"delete from volume {vid}: {exc}") from exc
+
+    def hand_over(self, volumes: Sequence[EcVolume], shards: Sequence[int], done: set[RecentDelete]) -> None:
+        """Tells whoever takes these shards over of the deletes that were noted here after they had been copied.
+
+        Called before shards are given away, when another server has them already and got the journal as it was then,
+        and once more afterwards; `done` collects what need not be told again. Nobody else having the shards is no
+        error. Takes HAND_OVER_S and the calls that succeed. Raises StorageError.
+        """
+        until_s = time.monotonic() + HAND_OVER_S
+        for volume in volumes:
+            for delete in volume.recent_deletes(RECENT_S):
+                if delete in done:
+                    continue
+                sent_s = volume.sent_at_s.get(delete.first)
+                is_sent = delete.first in shards and sent_s is not None and sent_s <= delete.at_s
+                if self._delete_here(volume.vid, delete.key, delete.at_ns) or (
+                    is_sent and self._hand_over_one(volume, delete, set(volume.shards) <= set(shards), until_s)
+                ):
+                    done.add(delete)
+
+    def _hand_over_one(self, volume: EcVolume, delete: RecentDelete, is_last: bool, until_s: float) -> bool:
+        """Whether somebody was told. is_last: nothing of the volume will be left here. The new holder may not be known
+        to the master yet, or be about to give the shard away, too: this is tried until then."""
+        while True:
+            failure = None
+            try:
+                if self._pass_on(volume, delete.key, delete.first, 0.0):
+                    return True
+                if is_last and self._delete_plain(volume.vid, delete.key):
+                    return True
+            except StorageError as exc:
+                failure = exc
+            if time.monotonic() >= until_s:
+                if failure is not None:
+                    raise failure
+                return is_last and self._keep_elsewhere(volume, delete.key)
+            time.sleep(HAND_OVER_PAUSE_S)
+
+    def _keep_elsewhere(self, volume: EcVolume, key: int) -> bool:
+        """Has any server with other shards note a delete; false if there is none. Raises StorageError."""
+        addresses = {each for shard in volume.shard_locations.values() for each in shard}
+        others = [address for address in sorted(addresses) if not self._peers.is_self(address)]
+        what = f"ec volume {volume.vid}"
+        failure = self._tell(others, volume.vid, volume.collection, key, volume.version, what, "keep")
+        if failure is not None and not isinstance(failure, _NoHolder):
+            raise failure
+        return failure is None
 
 
 class _NoHolder(StorageError):

@@ -128,7 +128,7 @@ def scrub_full(reader: EcReader, volume: EcVolume, *, forced: bool, go_on: GoOn)
     """Reads every record from shards here and elsewhere, without making lost ones anew, and checks it."""
     found = Findings()
     try:
-        reader.refresh(volume)
+        reader.refresh(volume, 0.0)  # a shard that has moved is no finding
     except StorageError as exc:
         found.texts.append(str(exc).removeprefix("ReadEcShardIntervals: "))
         return found

@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,11 @@ class Process:
             metrics.watch_http("public", self._public.server)
         threading.Thread(target=metrics.history.run, args=(self._quit,), name="metrics-history", daemon=True).start()
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
+        if store.ec.volumes():
+            from pyvolume.server.ec_peers import catch_up_after_start
+
+            work = partial(catch_up_after_start, context, self._quit)
+            threading.Thread(target=work, name="ec-journals", daemon=True).start()
         threading.Thread(target=metrics.sample_gil, args=(self._quit,), name="gil-sample", daemon=True).start()
         watchdog = lockwatch.Watchdog()
         metrics.watch_locks(watchdog)

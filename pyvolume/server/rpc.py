@@ -187,18 +187,26 @@ class Channels:
             channel.close()
 
     def unary(
-        self, address: str, service: Any, name: str, request: Message, *, timeout_s: float | None, request_id: str = ""
+        self,
+        address: str,
+        service: Any,
+        name: str,
+        request: Message,
+        *,
+        timeout_s: float | None,
+        request_id: str = "",
+        marks: tuple[tuple[str, str], ...] = (),
     ) -> Any:
-        """One unary call. Blocks up to timeout_s (None: no limit). Raises RpcFailure."""
+        """One unary call; `marks` is further metadata. Blocks up to timeout_s (None: no limit). Raises RpcFailure."""
         path, _, response_class = method_classes(service, name)
         started_s = time.monotonic()
         channel = self.get(address, DIAL_TIMEOUT_S if timeout_s is None else min(DIAL_TIMEOUT_S, timeout_s))
         if timeout_s is not None:
             timeout_s = max(0.001, timeout_s - (time.monotonic() - started_s))
         call = channel.unary_unary(path, request_serializer=_serialize, response_deserializer=response_class.FromString)
-        metadata = ((REQUEST_ID_KEY, request_id),) if request_id else None
+        metadata = ((REQUEST_ID_KEY, request_id), *marks) if request_id else marks
         try:
-            return call(request, timeout=timeout_s, metadata=metadata)
+            return call(request, timeout=timeout_s, metadata=metadata or None)
         except grpc.RpcError as exc:
             failure = failure_from(exc)
         except ValueError as exc:  # grpcio's way to say that the channel was closed meanwhile

@@ -35,6 +35,7 @@ from pyvolume.errors import (
 )
 from pyvolume.faults import fault
 from pyvolume.storage import disk_space, ec_files, files, index_files, vif
+from pyvolume.storage.ec import index
 from pyvolume.storage.superblock import SuperBlock
 from pyvolume.storage.volume import remove_volume_files
 from pyvolume.types import is_plain_file_part, normalize_disk_type, readable_disk_type, volume_base_name
@@ -65,6 +66,7 @@ _INDEX_CACHES: Final = (".sdx", ".ldb", ".rdb")
 _OPEN_FILES: Final = (".dat", ".idx", ".sdx", ".ldb", ".rdb", ".cpd", ".cpx", ".cpc", ".cpldb")
 """What a mounted volume has open or may open: not to be written by anybody else."""
 _EXTENSION: Final = re.compile(r"\.[0-9A-Za-z]+", re.ASCII)
+_SHARD_EXTENSION: Final = re.compile(r"\.ec([0-9]{2})")
 _INT64_MAX: Final = (1 << 63) - 1
 _MAX_SHARDS: Final = ec_files.MAX_SHARDS
 
@@ -153,8 +155,49 @@ def path_in_volume(volume: Volume, extension: str) -> str:
     return (volume.idx_base_path if extension in _IDX_DIR_EXTENSIONS else volume.base_path) + extension
 
 
+class OutgoingBytes(OutgoingFile):
+    """Bytes that are sent as a file with the time of another."""
+
+    def __init__(self, data: bytes, like: OutgoingFile) -> None:
+        self._data = data
+        self.path = like.path
+        self.modified_ts_ns = like.modified_ts_ns
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def pieces(self, stop_offset: int) -> Iterator[bytes]:
+        data = self._data[: stop_offset if stop_offset <= _INT64_MAX else 0]
+        for at in range(0, len(data), PIECE_BYTES):
+            yield data[at : at + PIECE_BYTES]
+
+
 def open_ec_file(holder: Holder, vid: int, collection: str, extension: str) -> OutgoingFile | None:
-    """A file of an EC volume, flushed if it is mounted; None if no directory has it. Quirk: the last hit wins."""
+    """A file of an EC volume, flushed if it is mounted; None if no directory has it. Quirk: the last hit wins.
+
+    A journal tells of all deletes that this server knows of: those of its other disks, and those that were folded into
+    an index, too.
+    """
+    mounted = [each for each in holder.ec.copies(vid) if each.collection == collection]
+    if match := _SHARD_EXTENSION.fullmatch(extension):
+        for each in mounted:
+            each.note_sent(int(match[1]))
+    found = _open_ec_file(holder, vid, collection, extension)
+    if found is None or extension != ".ecj" or not mounted:
+        return found
+    try:
+        more: set[int] = set().union(*(each.buried() for each in mounted), *(list(each.deleted) for each in mounted))
+        with found:
+            data = b"".join(found.pieces(_INT64_MAX))
+            more -= set(index.ids_of(data))
+            if more:  # half an id at the end is no delete, and nothing may be put behind it
+                data = data[: len(data) - len(data) % index.ID_BYTES] + index.bytes_of(sorted(more))
+            return OutgoingBytes(data, found)
+    except StorageError as exc:
+        raise StorageError(f"deletes of ec volume {vid}: {exc}") from exc
+
+
+def _open_ec_file(holder: Holder, vid: int, collection: str, extension: str) -> OutgoingFile | None:
     for mounted in holder.ec.copies(vid):
         mounted.sync()
     name = volume_base_name(collection, vid) + extension

@@ -67,6 +67,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes everything at an offset."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
 def sync_dir(directory: str) -> None:
     """Makes creations, renames and removals in a directory durable."""
     fd = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY)

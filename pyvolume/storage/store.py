@@ -775,7 +775,11 @@ class Store:
                 if found is None:
                     raise StorageError(f"ec volume {vid} missing shard {number}")
                 paths.append(found[1].path)
-            deletes = {key for copy_ in copies for key in set(copy_.deleted)}
+            folded = {key for copy_ in copies for key in copy_.buried()}
+
+            def deletes() -> set[int]:
+                return folded.union(*(list(copy_.deleted) for copy_ in copies))
+
             is_packed = encode.decode(volume, paths, deletes, go_on, compact.RateLimit(bytes_per_s))
             location = self.locations[volume.disk_id]
             if location.find(vid) is None and not is_packed:

@@ -33,7 +33,19 @@ class OwnShards:
     def read_shard(self, *_: Any) -> tuple[bytes, bool]:
         raise AssertionError("every shard is here")
 
-    def delete(self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float) -> None:
+    def read_journal(self, *_: Any) -> list[int]:
+        raise AssertionError("there is no other server")
+
+    def is_self(self, address: str) -> bool:
+        return True
+
+    def delete_plain(self, vid: int, key: int, timeout_s: float) -> bool:
+        raise AssertionError("there is no other server")
+
+    def delete(
+        self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float, *, mark: str
+    ) -> None:
+        assert not mark
         volume = self._store.ec.find(vid)
         assert volume is not None
         volume.journal(key)

@@ -42,7 +42,18 @@ class Peers:
         self.asked += 1
         return b"", True
 
-    def delete(self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float) -> None:
+    def read_journal(self, *_: Any) -> list[int]:
+        return []
+
+    def is_self(self, address: str) -> bool:
+        return address == "self"
+
+    def delete_plain(self, vid: int, key: int, timeout_s: float) -> bool:
+        return False
+
+    def delete(
+        self, address: str, vid: int, collection: str, key: int, version: int, timeout_s: float, *, mark: str
+    ) -> None:
         volume = self._store.ec.find(vid)
         assert volume is not None
         volume.journal(key)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Server:
 
     def __init__(self, cluster: Cluster, kind: str, name: str) -> None:
         self.cluster, self.kind, self.name = cluster, kind, name
+        self.slots = 20
         self.port, self.grpc = free_port(), free_port()
         self.url = f"{HOST}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -62,7 +63,7 @@ class Server:
     def start(self) -> None:
         base = self.cluster.base
         common = [f"-ip={HOST}", f"-port={self.port}", f"-port.grpc={self.grpc}", f"-dir={base / self.name}"]
-        common += ["-max=20", "-preStopSeconds=0", f"-master={self.cluster.master}"]
+        common += [f"-max={self.slots}", "-preStopSeconds=0", f"-master={self.cluster.master}"]
         if self.kind == "go":
             words = [WEED, f"-config_dir={base}", "volume", *common]
         elif self.kind == "rust":
@@ -81,9 +82,9 @@ class Server:
 
 
 class Cluster:
-    """A Go master and two volume servers in one rack."""
+    """A Go master and volume servers in one rack; `slots`: how many volumes those of a kind may have."""
 
-    def __init__(self, base: Path, kinds: tuple[str, str]) -> None:
+    def __init__(self, base: Path, kinds: tuple[str, ...], slots: Mapping[str, int] | None = None) -> None:
         self.base = base
         (base / "m").mkdir()
         (base / "security.toml").write_text("# nothing\n")
@@ -96,6 +97,7 @@ class Cluster:
         wait_for(lambda: request(self.master_port, "GET", "/dir/status")[0] == 200, "the master serves")
         self.servers = [Server(self, kind, f"{kind}{number}") for number, kind in enumerate(kinds)]
         for server in self.servers:
+            server.slots = (slots or {}).get(server.kind, server.slots)
             server.start()
 
     def run(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -23,6 +24,8 @@ from pyvolume.storage.volume import NeedleIn, Volume, VolumeShortInfo
 from pyvolume.types import ReplicaPlacement
 
 COOKIE = 0x1234ABCD
+_PORTS = itertools.count(8081)
+"""What servers say their HTTP ports are; nobody listens there."""
 
 
 class Server:
@@ -33,10 +36,11 @@ class Server:
         self.idx_directory = directory / "idx" if idx else None
         for path in (*self.directories, *([self.idx_directory] if self.idx_directory else [])):
             path.mkdir(parents=True, exist_ok=True)
+        port = next(_PORTS)
         self.config = ServerConfig(
             ip="127.0.0.1",
-            port=8081,
-            server_id="127.0.0.1:8081",
+            port=port,
+            server_id=f"127.0.0.1:{port}",
             masters=(),
             dirs=tuple(
                 DirConfig(
@@ -60,7 +64,7 @@ class Server:
         self.grpc = make_grpc_server(self.context, "127.0.0.1:0")
         self.grpc.start()
         self.client = VolumeClient(self.grpc.port)
-        self.address = f"127.0.0.1:1.{self.grpc.port}"
+        self.address = f"127.0.0.1:{port}.{self.grpc.port}"
 
     def _note(self, kind: str, info: VolumeShortInfo | EcShardsInfo) -> None:
         self.news.append((kind, info.id))

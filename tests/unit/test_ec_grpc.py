@@ -14,13 +14,16 @@ import grpc
 import pytest
 from grpc_nodes import COOKIE, Peer, Server, content, put, relay
 
+from pyvolume._native.ec import IdSet
 from pyvolume.errors import NeedleDeleted, NeedleNotFound, StorageError
 from pyvolume.ops import ec as ops_ec
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.master_client import Location
 from pyvolume.server.rpc import RpcFailure
+from pyvolume.storage.ec import encode as encode_module
 from pyvolume.storage.ec.volume import EcVolume
+from tools.ports import free_port
 
 Code = grpc.StatusCode
 ALL = list(range(14))
@@ -46,7 +49,7 @@ class Cluster:
         for server in self.servers:
             for volume in server.store.ec.copies(vid):
                 for shard in volume.shards:
-                    found[shard].append(Location("127.0.0.1:1", grpc_port=server.grpc.port))
+                    found[shard].append(Location(f"127.0.0.1:{server.config.port}", grpc_port=server.grpc.port))
         for shard, places in self.others.items():
             found[shard] = places
         return found
@@ -279,6 +282,7 @@ def test_needles_from_shards_here_there_and_lost(one: Server, two: Server) -> No
     needles = encode(one)
     cluster = Cluster(one, two)
     move(one, two, [0, 3, 5, 7, 11])
+    cluster.lookups = 0
     for server in (one, two):
         for key, data in needles.items():
             assert read(server, key) == data
@@ -292,6 +296,29 @@ def test_needles_from_shards_here_there_and_lost(one: Server, two: Server) -> No
     with pytest.raises(StorageError, match=rf"cannot recover shard {VID}\.\d: only 9 shards available"):
         for key in needles:
             read(two, key)
+
+
+def test_a_shard_that_has_moved_is_found_again(one: Server, two: Server, tmp_path: Path) -> None:
+    """For minutes it was made of the others for each read, and a scrub called it unreadable."""
+    needles = encode(one)
+    cluster = Cluster(one, two)
+    move(one, two, [0, 3])
+    key = next(key for key in needles if first_shard(one, key) == 0)
+    assert read(one, key) == needles[key]
+    third = Server(tmp_path / "three")
+    try:
+        cluster.servers = (one, two, third)
+        Cluster(one, two, third)
+        move(two, third, [0])
+        scrub = ok(one.call("ScrubEcVolume", volume_ids=[VID], mode=pb.VolumeScrubMode.FULL))
+        assert (list(scrub.details), list(scrub.broken_volume_ids)) == ([], [])
+        move(third, two, [0])
+        coded(one).locations_at_s -= ops_ec.FRESH_FEW_S
+        coded(one).update_locations(lambda cache: cache.pop(9, None))
+        assert read(one, key) == needles[key]
+        assert coded(one).shard_locations[0] == (f"127.0.0.1:{two.config.port}.{two.grpc.port}",)
+    finally:
+        third.end()
 
 
 def test_reads_need_the_master_only_when_nothing_is_known(one: Server) -> None:
@@ -426,6 +453,228 @@ def test_blob_delete(one: Server) -> None:
     for _ in range(2):
         ok(one.call("VolumeEcBlobDelete", volume_id=VID, file_key=3))
     assert (one.directories[0] / f"{VID}.ecj").read_bytes() == (3).to_bytes(8, "big")
+
+
+# -- deletes while shards move ----------------------------------------------------------------------------------------
+
+
+def first_shard(server: Server, key: int) -> int:
+    volume = coded(server)
+    return volume.layout.locate(volume.lookup(key)[0], 1)[0].shard
+
+
+def key_in(server: Server, shard: int) -> int:
+    return next(key for key in range(1, 21) if first_shard(server, key) == shard)
+
+
+def noted(server: Server, key: int, **fields: Any) -> None:
+    ok(server.call("VolumeEcBlobDelete", volume_id=VID, file_key=key, **fields))
+
+
+def copy_shards(source: Server, target: Server, shards: list[int]) -> None:
+    flags = {"copy_ecx_file": True, "copy_ecj_file": True, "copy_vif_file": True}
+    ok(target.call("VolumeEcShardsCopy", volume_id=VID, shard_ids=shards, source_data_node=source.address, **flags))
+
+
+def test_a_delete_sent_to_who_had_the_shard_reaches_who_has_it(one: Server, two: Server) -> None:
+    encode(one)
+    Cluster(one, two)
+    key = key_in(one, 0)
+    move(one, two, [0])
+    noted(one, key)
+    assert (key in coded(one).deleted, key in coded(two).deleted) == (False, True)
+    for server in (one, two):
+        with pytest.raises(NeedleDeleted):
+            read(server, key)
+
+
+def test_a_delete_that_no_holder_can_be_told_is_refused(one: Server, two: Server) -> None:
+    encode(one)
+    cluster = Cluster(one, two)
+    key = key_in(one, 0)
+    move(one, two, [0])
+    cluster.others = {0: [Location("127.0.0.1:1", grpc_port=free_port())]}
+    failed(one.call("VolumeEcBlobDelete", volume_id=VID, file_key=key), f"failed to delete from ec shard {VID}")
+    assert key not in coded(one).deleted
+
+
+@pytest.mark.parametrize("step", ["before the mount", "before the unmount"])
+def test_a_delete_after_the_copy_reaches_the_new_holder(one: Server, two: Server, step: str) -> None:
+    encode(one)
+    Cluster(one, two)
+    key = key_in(one, 0)
+    copy_shards(one, two, [0])
+    if step == "before the mount":
+        noted(one, key)
+    ok(two.call("VolumeEcShardsMount", volume_id=VID, shard_ids=[0]))
+    if step == "before the unmount":
+        noted(one, key)
+        assert key in coded(one).deleted and key not in coded(two).deleted
+    ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[0]))
+    assert key in coded(two).deleted
+    with pytest.raises(NeedleDeleted):
+        read(two, key)
+
+
+def test_a_delete_while_nobody_had_the_shard_reaches_who_mounts_it(one: Server, two: Server) -> None:
+    encode(one)
+    Cluster(one, two)
+    key = key_in(one, 2)
+    move(one, two, [5, 6, 7])
+    copy_shards(one, two, [2])
+    ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[2]))
+    reader_of(two.context).delete(coded(two), key, COOKIE)
+    assert (key in coded(one).deleted, key in coded(two).deleted) == (True, False), "noted by who has shard 0"
+    with pytest.raises(NeedleDeleted):
+        read(two, key)
+    ok(two.call("VolumeEcShardsMount", volume_id=VID, shard_ids=[2]))
+    assert key in coded(two).deleted
+    assert set(coded(two).deleted) == {key}, "only those of the shard"
+
+
+def test_a_needle_of_a_lost_shard_is_not_read_past_who_knows_that_it_is_deleted(one: Server, two: Server) -> None:
+    """With enough shards here nobody else was asked."""
+    encode(one)
+    Cluster(one, two)
+    key = key_in(one, 2)
+    move(one, two, [0])
+    ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[2]))
+    reader_of(one.context).delete(coded(one), key, COOKIE)
+    assert (key in coded(one).deleted, key in coded(two).deleted) == (False, True), "noted by who has shard 0"
+    with pytest.raises(NeedleDeleted):
+        read(one, key)
+
+
+def test_a_journal_that_is_copied_has_what_was_folded_into_the_index(one: Server, two: Server) -> None:
+    """A rebuild folded deletes into its index; a decode elsewhere, which collects the journals, brought them back."""
+    encode(one)
+    Cluster(one, two)
+    move(one, two, [4])
+    key = key_in(one, 0)
+    noted(one, key)
+    ok(one.call("VolumeEcShardsRebuild", volume_id=VID))
+    assert (one.directories[0] / f"{VID}.ecj").read_bytes() == b""
+    ok(two.call("VolumeEcShardsCopy", volume_id=VID, copy_ecj_file=True, source_data_node=one.address))
+    assert set(coded(two).deleted) == {key}
+
+
+def on_two_disks(one: Server, two: Server) -> tuple[EcVolume, EcVolume]:
+    """All shards on the two disks of the second server."""
+    name = f"{VID}.ec"
+    ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=ALL))
+    for path in one.directories[0].glob(f"{VID}.*"):
+        is_late = path.name.startswith(name) and path.name[len(name) :].isdigit() and int(path.name[len(name) :]) > 6
+        for place in (
+            two.directories[1:] if is_late else two.directories[:1] if path.suffix[3:].isdigit() else two.directories
+        ):
+            shutil.copy(path, place)
+    ok(two.call("VolumeEcShardsMount", volume_id=VID, shard_ids=ALL))
+    first, second = two.store.ec.copies(VID)
+    return first, second
+
+
+def test_a_delete_in_the_journal_of_another_disk_counts(one: Server, two: Server) -> None:
+    encode(one)
+    _, second = on_two_disks(one, two)
+    Cluster(two)
+    second.journal(3)
+    with pytest.raises(NeedleDeleted):
+        read(two, 3)
+
+
+def test_deletes_in_the_index_of_another_disk_stay_through_a_decode(one: Server, two: Server) -> None:
+    """Folded into one disk's index by a rebuild, they were not looked for there after a restart."""
+    needles = encode(one)
+    first, second = on_two_disks(one, two)
+    first.journal(3)
+    first.fold()
+    first.deleted = IdSet()  # as after a restart
+    assert second.lookup(3)[1] > 0
+    ok(two.call("VolumeEcShardsToVolume", volume_id=VID))
+    ok(two.call("VolumeMount", volume_id=VID))
+    with pytest.raises(NeedleNotFound):
+        content(two.volume(VID), 3)
+    assert content(two.volume(VID), 4) == needles[4]
+
+
+def test_a_delete_during_a_decode_stays(one: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    needles = encode(one)
+    write = encode_module._write_dat
+
+    def slow(*args: Any) -> None:
+        coded(one).journal(5)
+        write(*args)
+
+    monkeypatch.setattr(encode_module, "_write_dat", slow)
+    ok(one.call("VolumeEcShardsToVolume", volume_id=VID))
+    ok(one.call("VolumeMount", volume_id=VID))
+    with pytest.raises(NeedleNotFound):
+        content(one.volume(VID), 5)
+    assert content(one.volume(VID), 4) == needles[4]
+
+
+def test_a_delete_between_a_decode_and_the_unmount_reaches_the_volume(one: Server, two: Server) -> None:
+    needles = encode(one)
+    Cluster(one, two)
+    key, rewritten, there = key_in(one, 0), key_in(one, 2), key_in(one, 3)
+    copy_shards(one, two, [3])
+    ok(two.call("VolumeEcShardsMount", volume_id=VID, shard_ids=[3]))
+    ok(one.call("VolumeEcShardsToVolume", volume_id=VID))
+    ok(one.call("VolumeMount", volume_id=VID))
+    noted(one, key)
+    noted(one, rewritten)
+    put(one.volume(VID), rewritten, b"written again")
+    coded(two).note_sent(3)
+    noted(two, there)
+    assert content(one.volume(VID), key) == needles[key], "quirk: deletes go to the shards"
+    two.context.master.set_current("127.0.0.1:1")
+    two.context.master.lookup_volume = lambda vid, **_: [  # type: ignore[method-assign]
+        Location(f"127.0.0.1:{one.config.port}", grpc_port=one.grpc.port)
+    ]
+    ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=ALL))
+    ok(two.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[3]))
+    for gone in (key, there):
+        with pytest.raises(NeedleNotFound):
+            content(one.volume(VID), gone)
+    assert content(one.volume(VID), rewritten) == b"written again"
+
+
+def test_a_delete_sent_to_who_has_nothing_left_goes_to_who_has_shards(one: Server, two: Server) -> None:
+    encode(one)
+    Cluster(one, two)
+    key = key_in(one, 0)
+    move(one, two, ALL)
+    assert one.store.ec.find(VID) is None
+    one.context.master.set_current("127.0.0.1:1")
+    noted(one, key)
+    assert key in coded(two).deleted
+
+
+def test_a_holder_that_is_down_costs_one_time_out(one: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each delete waited for the time-out anew."""
+    needles = encode(one)
+    cluster = Cluster(one)
+    held = threading.Event()
+    hang = Peer(
+        VolumeEcBlobDelete=lambda _request, _context: held.wait(20) and pb.VolumeEcBlobDeleteResponse(),
+        VolumeEcShardRead=lambda _request, _context: iter([held.wait(20)][:0]),
+    )
+    monkeypatch.setattr(ops_ec, "DELETE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ops_ec, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ops_ec, "PENALTY_S", 600.0)
+    try:
+        keys = [key for key in needles if first_shard(one, key) == 0]
+        ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[0]))
+        cluster.others = {0: [Location("127.0.0.1:1", grpc_port=hang.port)]}
+        for key in keys:
+            assert read(one, key) == needles[key]
+            with pytest.raises(StorageError, match="failed to delete from ec shard"):
+                reader_of(one.context).delete(coded(one), key, COOKIE)
+            assert read(one, key) == needles[key], "it was not acknowledged"
+        assert len(hang.seen) == 1
+    finally:
+        held.set()
+        hang.stop()
 
 
 # -- back to a volume, facts, scrub -----------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def test_errors(server: Server, s3_server: FakeS3) -> None:
     assert answer.code is Code.UNKNOWN and answer.details.startswith("backend s3.default copy file ")
     assert server.call("SetState", state={"maintenance": True, "version": server.store.state.version}).code is Code.OK
     answer = server.call(UP, **wanted)
-    assert (answer.code, answer.details) == (Code.UNKNOWN, "volume server 127.0.0.1:8081 is in maintenance mode")
+    assert (answer.code, answer.details) == (
+        Code.UNKNOWN,
+        f"volume server {server.config.server_id} is in maintenance mode",
+    )
     answer = server.call(DOWN, volume_id=7, collection="c")
     assert answer.details == "volume 7 is already on local disk", "this one is not gated"
 

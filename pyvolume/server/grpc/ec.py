@@ -16,14 +16,15 @@ import grpc
 
 from pyvolume.errors import PyvolumeError, StorageError, from_os_error
 from pyvolume.ops import ec_scrub
+from pyvolume.ops.ec import Mark
 from pyvolume.pb import volume_server_pb2 as pb
-from pyvolume.server.ec_peers import reader_of
+from pyvolume.server.ec_peers import PASSED_ON, reader_of
 from pyvolume.server.grpc import ec_copy
 from pyvolume.server.grpc.calls import Call, Handler, check_file_part
 from pyvolume.server.grpc.status import Refusal
 from pyvolume.storage import files
 from pyvolume.storage.ec.encode import NoLiveEntries
-from pyvolume.storage.ec.volume import EcVolume
+from pyvolume.storage.ec.volume import EcVolume, RecentDelete
 from pyvolume.types import normalize_disk_type, volume_base_name
 
 PIECE_BYTES = 2 << 20
@@ -72,22 +73,37 @@ def delete(call: Call, request: Any) -> Any:
 
 
 def mount(call: Call, request: Any) -> Any:
-    """Opens shards, one after the other; the first failure ends it."""
+    """Opens shards, one after the other; the first failure ends it. Deletes that others noted while nobody had a shard
+    are fetched."""
     check_file_part("collection", request.collection)
     if request.recover_missing_index:
         ec_copy.recover_indexes(call, request.volume_id)
-    for shard in request.shard_ids:
-        try:
-            call.server.store.ec.mount(request.collection, request.volume_id, shard, request.source_disk_type)
-        except StorageError as exc:
-            raise StorageError(f"mount {request.volume_id}.{shard}: {exc}") from exc
+    members, vid = call.server.store.ec, request.volume_id
+    fresh: list[int] = []
+    try:
+        for shard in request.shard_ids:
+            was_here = members.find_shard(vid, shard) is not None
+            try:
+                members.mount(request.collection, vid, shard, request.source_disk_type)
+            except StorageError as exc:
+                raise StorageError(f"mount {vid}.{shard}: {exc}") from exc
+            if not was_here:
+                fresh.append(shard)
+    finally:
+        reader_of(call.server).catch_up(vid, fresh)
     return pb.VolumeEcShardsMountResponse()
 
 
 def unmount(call: Call, request: Any) -> Any:
-    """Closes shards on every disk, with a time only those of an older encode."""
-    for shard in request.shard_ids:
-        call.server.store.ec.unmount(request.volume_id, shard, request.encode_ts_ns)
+    """Closes shards on every disk, with a time only those of an older encode. Who has them now is told of the deletes
+    that came here after it had got them."""
+    members, shards = call.server.store.ec, list(request.shard_ids)
+    volumes = members.copies(request.volume_id)
+    reader, told = reader_of(call.server), set[RecentDelete]()
+    reader.hand_over(volumes, shards, told)
+    for shard in shards:
+        members.unmount(request.volume_id, shard, request.encode_ts_ns)
+    reader.hand_over(volumes, shards, told)
     return pb.VolumeEcShardsUnmountResponse()
 
 
@@ -120,14 +136,10 @@ def shard_read(call: Call, request: Any) -> Iterator[Any]:
 
 
 def blob_delete(call: Call, request: Any) -> Any:
-    """Notes a delete in the journal of the first disk that has the volume. No such volume, or known: success."""
-    members, key = call.server.store.ec, request.file_key
-    volume = members.find(request.volume_id)
-    if volume is None:
-        return pb.VolumeEcBlobDeleteResponse()
-    _, size = volume.lookup(key)
-    if size >= 0 and not members.is_deleted(request.volume_id, key):
-        volume.journal(key)
+    """Notes a delete, or tells the server that has the needle's shard by now. No such volume, or known: success."""
+    said = {value for key, value in call.context.invocation_metadata() or () if key == PASSED_ON}
+    mark: Mark = "keep" if "keep" in said else "holder" if said else ""
+    reader_of(call.server).note_delete(request.volume_id, request.file_key, mark=mark)
     return pb.VolumeEcBlobDeleteResponse()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pyvolume.errors import PyvolumeError, StorageError, from_os_error
 from pyvolume.pb import volume_server_pb2 as pb
 from pyvolume.server.address import same_server, with_grpc_port
+from pyvolume.server.ec_peers import MAX_JOURNAL_BYTES
 from pyvolume.server.grpc import wire
 from pyvolume.server.grpc.calls import Call, check_file_part
 from pyvolume.server.grpc.copy import peer_address
@@ -29,7 +30,6 @@ from pyvolume.types import volume_base_name
 log = logging.getLogger(__name__)
 
 LOOKUP_TIMEOUT_S = 60.0
-MAX_JOURNAL_BYTES = 256 << 20
 _STOP_OFFSET = (1 << 63) - 1
 
 
@@ -103,9 +103,10 @@ class _Puller:
         except StorageError as exc:
             raise PyvolumeError(f"failed to copy {path} file: {exc}") from exc
         fresh = index.ids_of(bytes(data))
-        mounted = next((v for v in self._call.server.store.ec.copies(self._vid) if v.ecj_path == path), None)
+        members = self._call.server.store.ec
+        mounted = next((v for v in members.copies(self._vid) if v.ecj_path == path), None)
         if mounted is not None:
-            mounted.merge_deletes(fresh)
+            members.merge_deletes(mounted, fresh)
             return
         try:
             known = index.read_journal(path)

@@ -191,19 +191,21 @@ def _publish(volume: Volume, ratio: Ratio, working: dict[int, str], final: dict[
 
 
 def decode(
-    volume: EcVolume, shard_paths: list[str], deletes: set[int], go_on: GoOn, limit: stripes.Limit | None = None
+    volume: EcVolume,
+    shard_paths: list[str],
+    deletes: Callable[[], set[int]],
+    go_on: GoOn,
+    limit: stripes.Limit | None = None,
 ) -> bool:
-    """Makes `.dat` and `.idx` beside the shards. `deletes`: what any disk of this server has in its journal.
+    """Makes `.dat` and `.idx` beside the shards. `deletes`: what any disk of this server knows to be deleted by now;
+    it is asked again before the index is written.
 
     True if the result is what a vacuum would make of it: all records live, in the order of their keys, without gaps
     and without a ttl. The super block then counts that vacuum. Raises NoLiveEntries, StorageError with upstream's
     texts.
     """
     base = volume.base_path
-    try:
-        volume.fold(deletes.difference(volume.deleted))
-    except StorageError as exc:
-        raise type(exc)(f"RebuildEcxFile {volume.ecx_path.removesuffix('.ecx')}: {exc}") from exc
+    _fold(volume, deletes)
     block = _superblock_of(shard_paths[0])
     version = block[0]
     extent, is_live = SUPER_BLOCK_SIZE, False
@@ -222,6 +224,7 @@ def decode(
         _write_dat(volume, shard_paths, extent, block if is_packed else b"", go_on, limit)
     except StorageError as exc:
         raise type(exc)(f"WriteDatFile {base}: {exc}") from exc
+    _fold(volume, deletes)
     idx_base = volume.ecx_path.removesuffix(".ecx")
     try:
         with files.opened(volume.ecx_path) as fd:
@@ -233,6 +236,13 @@ def decode(
         with contextlib.suppress(OSError):
             sidecar.remove_all(place)
     return is_packed
+
+
+def _fold(volume: EcVolume, deletes: Callable[[], set[int]]) -> None:
+    try:
+        volume.fold(deletes().difference(volume.deleted))
+    except StorageError as exc:
+        raise type(exc)(f"RebuildEcxFile {volume.ecx_path.removesuffix('.ecx')}: {exc}") from exc
 
 
 def _superblock_of(path: str) -> bytes:

@@ -112,16 +112,26 @@ class EcMembers:
     def view(self, vid: int) -> ec.Shards | None:
         """What the fast lane reads of a volume: the index that counts, the shards of its encode on all disks.
 
-        None if the volume is not here. Raises StorageError.
+        None if the volume is not here, or if another disk knows of deletes that the first one does not. Raises
+        StorageError.
         """
         volume = self.find(vid)
         if volume is None:
             return None
+        for other in self.copies(vid):
+            if other is not volume and any(key not in volume.deleted for key in other.deleted):
+                return None
         shards: dict[int, EcShard] = {}
         for holder in self.copies(vid):
             if not volume.encode_ts_ns or holder.encode_ts_ns == volume.encode_ts_ns:
                 shards = {**holder.shards, **shards}
         return volume.make_view(shards.values())
+
+    def merge_deletes(self, volume: EcVolume, keys: Sequence[int]) -> None:
+        """Notes deletes that came with a journal of another server. Raises StorageError."""
+        volume.merge_deletes(keys)
+        if self.find(volume.vid) is not volume:
+            self._came_or_went(volume.vid)  # the fast lane looks at the first disk only
 
     def volumes(self) -> list[EcVolume]:
         """All, by disk, then id."""
@@ -425,6 +435,9 @@ class EcMembers:
         try:
             volume = next((v for v in self.copies(vid) if v.ecx_path == ecx), None)
             if volume is not None:
+                first = self.find(vid)
+                if first is not None and first is not volume:
+                    first.merge_deletes(volume.deleted)  # its journal is what the fast lane goes by
                 volume.fold()
             else:
                 index.fold_file(ecx, location.offset_width, idx_base + ".ecj")

@@ -12,7 +12,10 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -20,7 +23,7 @@ from typing import Final
 from pyvolume._native import ec, engine
 from pyvolume.errors import NeedleNotFound, StorageError, from_native, from_os_error
 from pyvolume.faults import fault
-from pyvolume.storage import vif
+from pyvolume.storage import files, vif
 from pyvolume.storage.ec import index, sidecar
 from pyvolume.storage.ec.layout import Layout, Ratio, layout_of
 from pyvolume.types import volume_base_name
@@ -28,6 +31,10 @@ from pyvolume.types import volume_base_name
 log = logging.getLogger(__name__)
 
 WALK_ROWS: Final = 4096
+BURIED_ROWS: Final = 1 << 16
+"""Rows of the index that are looked through at a time."""
+MAX_RECENT: Final = 1 << 16
+"""So many of the last deletes are known with their times."""
 MISSING_TEXT: Final = "locate in local ec volume: FindNeedleFromEcx: needle not found"
 
 
@@ -49,6 +56,16 @@ class EcShardsInfo:
     file_count: int = 0
     delete_count: int = 0
     encode_ts_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecentDelete:
+    """A delete that came by itself, not with a journal. at_s: by the monotonic clock. first: the needle's shard."""
+
+    at_s: float
+    at_ns: int
+    key: int
+    first: int
 
 
 class SharedFile:
@@ -189,6 +206,10 @@ class EcVolume:
             self._ecx.close()
             raise from_os_error(exc, "open", self.ecj_path) from exc
         self._closed = False
+        self._recent: deque[RecentDelete] = deque(maxlen=MAX_RECENT)
+        self.sent_at_s: dict[int, float] = {}
+        self._buried: frozenset[int] | None = None
+        self._folds = 0
         self.deleted = ec.IdSet()
         try:
             self.deleted = ec.IdSet(index.read_journal(self.ecj_path))
@@ -362,29 +383,77 @@ class EcVolume:
 
     # --------------------------------------------------------------------------------------------------------- deletes
 
-    def journal(self, key: int) -> None:
-        """Notes a delete, durably. One that is noted already is success. Raises StorageError `ec volume %d closed`."""
+    def journal(self, key: int, *, first: int | None = None) -> None:
+        """Notes a delete, durably. One that is noted already is success. Raises StorageError `ec volume %d closed`.
+
+        first: the shard with the needle's first byte, which makes it one of the recent deletes.
+        """
+        self._journal_all([key])
+        if first is not None:
+            with self._lock:
+                self._recent.append(RecentDelete(time.monotonic(), time.time_ns(), key, first))
+
+    def merge_deletes(self, keys: Iterable[int]) -> None:
+        """Notes deletes that came with a journal of another server, with one flush. Raises StorageError."""
+        self._journal_all(keys)
+
+    def _journal_all(self, keys: Iterable[int]) -> None:
         with self._lock:
             if self._closed:
                 raise StorageError(f"ec volume {self.vid} closed")
-            if key in self.deleted:
+            fresh = [key for key in dict.fromkeys(keys) if key not in self.deleted]
+            if not fresh:
                 return
             end = os.fstat(self._journal).st_size
             end -= end % index.ID_BYTES
             try:
                 fault("ec.journal")
-                os.pwrite(self._journal, index.bytes_of([key]), end)
+                files.pwrite_all(self._journal, index.bytes_of(fresh), end)
                 os.fsync(self._journal)
             except OSError as exc:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._journal, end)
                 raise from_os_error(exc, "write", self.ecj_path) from exc
-            self.deleted.add(key)
+            for key in fresh:
+                self.deleted.add(key)
 
-    def merge_deletes(self, keys: Iterable[int]) -> None:
-        """Notes deletes that came with a journal of another server. Raises StorageError."""
-        for key in keys:
-            self.journal(key)
+    def recent_deletes(self, within_s: float) -> list[RecentDelete]:
+        """What was deleted here in the last seconds, the last MAX_RECENT at most; of a closed volume, too."""
+        since = time.monotonic() - within_s
+        with self._lock:
+            return [each for each in self._recent if each.at_s >= since]
+
+    def note_sent(self, number: int) -> None:
+        """A peer begins to fetch a shard: what is deleted from now on may be missing in the journal that it fetches."""
+        self.sent_at_s = {**self.sent_at_s, number: time.monotonic()}
+
+    def buried(self) -> frozenset[int]:
+        """Ids that the index itself says are deleted: those of journals that were folded into it. Raises StorageError.
+
+        The first call reads the whole index.
+        """
+        with self._lock:
+            known, folds = self._buried, self._folds
+        if known is not None:
+            return known
+        row = struct.Struct(f">Q{self.width}xi")
+        found: list[int] = []
+        at = 0
+        try:
+            with self._ecx.use() as fd:
+                while piece := os.pread(fd, row.size * BURIED_ROWS, at):
+                    piece = piece[: len(piece) - len(piece) % row.size]
+                    found += [key for key, size in row.iter_unpack(piece) if size < 0]
+                    at += len(piece)
+                    if not piece:
+                        break
+        except OSError as exc:
+            raise from_os_error(exc, "read", self.ecx_path) from exc
+        known = frozenset(found)
+        with self._lock:
+            if self._folds == folds:
+                self._buried = known
+        return known
 
     def fold(self, also: Iterable[int] = ()) -> None:
         """Brings the journal into the index and empties it; the deletes stay known here (departure E1).
@@ -401,6 +470,8 @@ class EcVolume:
                     data += piece
                 if size % index.ID_BYTES:
                     raise StorageError("rebuild: read ecj: unexpected EOF")
+                self._folds += 1
+                self._buried = None
                 index.bury(self.ecx_path, self.width, [*index.ids_of(data), *also])
                 fault("ec.fold_truncate")
                 os.ftruncate(self._journal, 0)
