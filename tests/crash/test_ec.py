@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_nodes import Server
 
 from pyvolume import faults
 from pyvolume._native import engine
@@ -105,11 +107,17 @@ def needle(store: Store, key: int) -> bytes | None:
         ("rebuild", "ec.fold_truncate"),
         ("decode", "ec.fold"),
         ("decode", "ec.fold_truncate"),
+        ("decode", "ec.decode"),
         ("decode", "ec.write_dat"),
         ("decode", "ec.publish_dat"),
+        ("decode", "ec.fold@2"),
+        ("decode", "ec.fold_truncate@2"),
         ("decode", "ec.idx.write"),
         ("decode", "ec.idx.rename"),
+        ("decode", "compact.begin"),
         ("decode", "compact.finish"),
+        ("decode", "compact.commit"),
+        ("decode", "compact.remove_marker"),
     ],
 )
 @pytest.mark.parametrize("has_idx_directory", [False, True])
@@ -119,7 +127,8 @@ def test_next_start_serves_what_there_was(tmp_path: Path, job: str, point: str, 
     if job == "rebuild":
         (directory / "3.ec02").unlink()
         (directory / "3.ec11").unlink()
-    environment = {**os.environ, faults.ENVIRONMENT: f"{point}=exit"}
+    name, _, nth = point.partition("@")
+    environment = {**os.environ, faults.ENVIRONMENT: f"{name}=exit@{nth or 1}"}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(directory), str(idx or ""), job], env=environment, check=False
     )
@@ -137,3 +146,75 @@ def test_next_start_serves_what_there_was(tmp_path: Path, job: str, point: str, 
         assert [name for name in left if name.endswith((".tmp", ".rebuilding"))] == []
     finally:
         store.close()
+
+
+# -------------------------------------------------------------------------------------------------- shards of a peer
+
+COPY_CHILD = """
+import sys
+from pathlib import Path
+from grpc_nodes import Server
+
+target, idx, address = sys.argv[1:]
+server = Server(Path(target), idx=bool(idx))
+flags = dict.fromkeys(("copy_ecx_file", "copy_ecj_file", "copy_vif_file", "copy_ecsum_file"), True)
+answer = server.call("VolumeEcShardsCopy", volume_id=3, shard_ids=[0, 1], source_data_node=address, **flags)
+answer = server.call("VolumeEcShardsMount", volume_id=3, shard_ids=[0, 1])
+server.call("VolumeEcBlobDelete", volume_id=3, file_key=9)
+server.end()
+"""
+LATER = 9
+
+
+@pytest.mark.parametrize("has_idx_directory", [False, True])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *(f"copy.{step}@{n}" for step in ("create", "write", "sync", "rename") for n in (1, 2, 3, 4)),
+        "ec.ecj.write",
+        "ec.ecj.rename",
+        "ec.open",
+        "ec.journal",
+    ],
+)
+def test_shards_that_are_copied_from_a_peer(tmp_path: Path, point: str, has_idx_directory: bool) -> None:
+    """A start after the crash finds no leftovers, and the copy can be repeated: shards and deletes are the source's."""
+    source_directory = tmp_path / "source" / "d0"
+    source_directory.mkdir(parents=True)
+    make(source_directory, None, coded=True)
+    source = Server(tmp_path / "source")
+    name, _, nth = point.partition("@")
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", COPY_CHILD, str(tmp_path / "t"), "idx" * has_idx_directory, source.address],
+            env={
+                **os.environ,
+                faults.ENVIRONMENT: f"{name}=exit@{nth or 1}",
+                "PYTHONPATH": f"{Path(__file__).parents[1] / 'unit'}:{Path(__file__).parents[2]}",
+            },
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert child.returncode == faults.EXIT_STATUS, child.stderr
+        target = Server(tmp_path / "t", idx=has_idx_directory)
+        try:
+            assert [each for each in target.files() if each.endswith((".tmp", ".receiving"))] == []
+            flags = dict.fromkeys(("copy_ecx_file", "copy_ecj_file", "copy_vif_file", "copy_ecsum_file"), True)
+            fields = {"volume_id": 3, "shard_ids": [0, 1], "source_data_node": source.address}
+            assert target.call("VolumeEcShardsCopy", **fields, **flags).code is grpc.StatusCode.OK
+            assert target.call("VolumeEcShardsMount", volume_id=3, shard_ids=[0, 1]).code is grpc.StatusCode.OK
+            copied, whole = target.store.ec.find(3), source.store.ec.find(3)
+            assert copied is not None and whole is not None
+            for number in (0, 1):
+                assert copied.shards[number].read(0, 1 << 21) == whole.shards[number].read(0, 1 << 21)
+            assert list(copied.walk()) == list(whole.walk())
+            assert set(copied.deleted) == set(whole.deleted) == {JOURNALED}, (
+                "the delete at the crash was not acknowledged"
+            )
+            names = {"3.ec00", "3.ec01", "3.ecx", "3.ecj", "3.vif", "3.ecsum"}
+            assert target.files() == names
+        finally:
+            target.end()
+    finally:
+        source.end()

@@ -39,7 +39,8 @@ SHARDS_PER_SLOT: Final = 10
 
 _SHARD_NAME: Final = re.compile(r"\.ec([0-9]{2})$")
 _LEFTOVER: Final = re.compile(
-    r"\.(ec[0-9]{2}\.(tmp|rebuilding|receiving)|(ecx|ecj|ecsum|vif|dat|idx)\.tmp|(ecx|ecj|vif)\.mirror\.tmp)$"
+    r"\.(ec[0-9]{2}\.(tmp|rebuilding|receiving)|(ecx|ecj|ecsum|vif|dat|idx)\.tmp|(ecx|ecj|vif)\.mirror\.tmp"
+    r"|(ecx|ecj|ecsum|vif)\.receiving)$"
 )
 """Working names of jobs. At start, after the plain volumes were loaded, nothing that runs has such a file."""
 
