@@ -178,7 +178,7 @@ typedef struct pv_idx_summary {
     uint64_t past_end;          /* live rows that end behind dat_size */
     uint64_t first_past_end_key;
     uint64_t max_valid_end; /* largest offset + record length over rows with size >= 0 */
-    uint64_t blank_rows;    /* rows of zeros, which nobody writes: what a power cut leaves of rows that were lost */
+    uint64_t blank_rows;    /* rows of zeros, version 3: but for the key, which nobody writes: lost in a power cut */
     uint64_t first_blank_row;
 } pv_idx_summary;
 PV_API int pv_idx_summarize(int fd, uint8_t width, uint8_t version, uint64_t dat_size, pv_idx_summary *out,

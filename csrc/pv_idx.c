@@ -94,7 +94,8 @@ static void summarize_row(const pv_idx_row *row, uint8_t version, uint64_t dat_s
         out->max_key = row->key;
     }
     if (row->offset == 0) {
-        if (row->key == 0 && row->size == 0 && out->blank_rows++ == 0) {
+        /* A key alone is what a write that broke off leaves; before version 3 it was a delete. */
+        if ((row->key == 0 || version == 3) && row->size == 0 && out->blank_rows++ == 0) {
             out->first_blank_row = out->rows - 1;
         }
         return;

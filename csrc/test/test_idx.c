@@ -191,6 +191,16 @@ static void summary_by_hand(void) {
         CHECK_EQ(s.first_blank_row, 1);
         CHECK_EQ(s.furthest.key, 3);
         close(fd);
+        /* A key alone was a delete before version 3. */
+        static const pv_idx_row halved[] = {
+            {.key = 9, .offset = 8, .size = 20}, {.key = 9, .size = -1}, {.key = 9}, {.key = 3, .offset = 64}};
+        fd = file_of(halved, PV__ARRAY_LEN(halved), widths[w]);
+        CHECK_EQ(pv_idx_summarize(fd, widths[w], 3, 128, &s, &err), 0);
+        CHECK_EQ(s.blank_rows, 1);
+        CHECK_EQ(s.first_blank_row, 2);
+        CHECK_EQ(pv_idx_summarize(fd, widths[w], 2, 128, &s, &err), 0);
+        CHECK_EQ(s.blank_rows, 0);
+        close(fd);
     }
     /* Sizes and offsets at their ends. */
     static const pv_idx_row extremes[] = {

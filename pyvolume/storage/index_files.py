@@ -18,6 +18,7 @@ import errno
 import os
 import struct
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -34,6 +35,7 @@ from pyvolume.types import MAX_VOLUME_BYTES, OFFSET_WIDTHS
 _BATCH: Final = 16384
 """Rows or records handled by one call of the engine."""
 _SAMPLE_ROWS: Final = 32
+_KNOWN_ROWS: Final = 1 << 20
 _ALL_ROWS: Final = (1 << 64) - 1
 _COPY_BYTES: Final = 4 << 20
 _HEADER_BYTES: Final = 16
@@ -108,9 +110,8 @@ def record_at(dat_fd: int, version: int, offset: int, *, check_body: bool = Fals
     return records[0] if records else None
 
 
-def rows_of(idx_fd: int, width: int) -> Iterator[engine.IdxRow]:
-    """All whole rows of an index file."""
-    first = 0
+def rows_of(idx_fd: int, width: int, first: int = 0) -> Iterator[engine.IdxRow]:
+    """All whole rows of an index file, from one on."""
     while rows := engine.idx_read(idx_fd, width, first, _BATCH):
         yield from rows
         first += len(rows)
@@ -190,31 +191,92 @@ def _is_good(record: engine.ScanRec, version: int) -> bool:
     return version != CURRENT_VERSION or record.append_at_ns != 0 or record.data_size > 0
 
 
-def _scan(dat_fd: int, version: int, start: int, end: int, *, behind_damage_delete: bool = False) -> _Found:
-    """Reads and checks all records from start on. Ends at the first place from which no next record can be found."""
+@dataclass
+class _Known:
+    """Rows that may tell where records are, by offset."""
+
+    rows: list[engine.IdxRow]
+
+    @classmethod
+    def behind(cls, idx_fd: int, width: int, first_row: int) -> _Known:
+        """Those from a row on; none if they are too many to be held."""
+        if os.fstat(idx_fd).st_size // (12 + width) - first_row > _KNOWN_ROWS:
+            return cls([])
+        rows = [row for row in rows_of(idx_fd, width, first_row) if row.offset]
+        rows.sort(key=_offset_of)
+        return cls(rows)
+
+    def next_record(self, dat_fd: int, version: int, behind: int, end: int) -> int | None:
+        """Offset of the first record behind a place, and before another, that is whole and what its row says."""
+        for row in islice(self.rows, bisect_right(self.rows, behind, key=_offset_of), None):
+            if row.offset >= end:
+                return None
+            record = record_at(dat_fd, version, row.offset, check_body=True)
+            fits = record is not None and (record.id, record.size) == (row.key, max(row.size, 0))
+            if record is not None and fits and _is_good(record, version):
+                return record.offset
+        return None
+
+    def says_deleted(self, record: engine.ScanRec) -> bool:
+        """Whether a row says that this record is a delete."""
+        at = bisect_left(self.rows, record.offset, key=_offset_of)
+        row = self.rows[at] if at < len(self.rows) else None
+        return row is not None and (row.offset, row.key) == (record.offset, record.id) and row.size < 0
+
+
+def _offset_of(row: engine.IdxRow) -> int:
+    return row.offset
+
+
+def _scan(
+    dat_fd: int,
+    version: int,
+    start: int,
+    end: int,
+    *,
+    behind_damage_delete: bool = False,
+    known: _Known | None = None,
+) -> _Found:
+    """Reads and checks all records from start on. Ends at the first place from which no next record can be found.
+
+    `known` rows lead over places where that is so, and over damage whose length is not to be trusted.
+    """
     found = _Found(end=start)
+    known = known if known is not None else _Known([])
     bad = first_bad = 0
     offset = start
     while offset < end:
         try:
-            records, offset = engine.dat_scan(dat_fd, version, offset, end, True, _BATCH)
+            records, after = engine.dat_scan(dat_fd, version, offset, end, True, _BATCH)
         except engine.NativeError as exc:
-            if exc.code in _END_OF_RECORDS:
+            if exc.code not in _END_OF_RECORDS:
+                raise
+            next_offset = known.next_record(dat_fd, version, offset, end)
+            if next_offset is None:
                 break
-            raise
+            first_bad = first_bad or offset
+            bad += 1
+            offset = next_offset
+            continue
         if not records:
             break
+        offset = after
         for record in records:
             if record.status in (NativeCode.ESYS, NativeCode.ENOMEM):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if not _is_good(record, version):
                 first_bad = first_bad or record.offset
                 bad += 1
+                next_offset = known.next_record(dat_fd, version, record.offset, min(record.end, end))
+                if next_offset is not None:
+                    offset = next_offset
+                    break
                 continue
             if record.size == 0:
                 found.empty[len(found.keys)] = (
                     record.cookie == _VACUUM_TOMBSTONE_COOKIE
                     or record.checksum not in _EMPTY_CHECKSUMS
+                    or known.says_deleted(record)
                     or (behind_damage_delete and bad + found.bad > 0)
                 )
             found.keys.append(record.id)
@@ -318,14 +380,22 @@ def _cut_torn(dat_fd: int, base_path: str, repair: Repair, size: int) -> None:
 
 
 def index_tail(
-    dat_path: str, idx_path: str, base_path: str, *, width: int, block: SuperBlock, furthest: engine.IdxRow | None
+    dat_path: str,
+    idx_path: str,
+    base_path: str,
+    *,
+    width: int,
+    block: SuperBlock,
+    furthest: engine.IdxRow | None,
+    known: _Known | None = None,
 ) -> Repair:
     """Appends rows for the whole records behind the last indexed one and cuts off a torn one at the end (L3).
 
-    `furthest` is the row whose record ends last, None for an empty index. Order: the torn bytes are saved, then cut,
-    then rows are appended, each step synced: a crash in between is repaired by the next load. Raises RepairRefused when
-    the last indexed record is not what its row says, or the records are of another version than the super block.
-    Failpoints: repair.save_torn, repair.truncate, repair.append_rows.
+    `furthest` is the row whose record ends last, None for an empty index; `known` as in _scan. Order: the torn bytes
+    are saved, then cut, then rows are appended, each step synced: a crash in between is repaired by the next load.
+    Raises
+    RepairRefused when the last indexed record is not what its row says, or the records are of another version than the
+    super block. Failpoints: repair.save_torn, repair.truncate, repair.append_rows.
     """
     with files.opened(dat_path, os.O_RDWR) as dat_fd, files.opened(idx_path, os.O_RDWR) as idx_fd:
         size = os.fstat(dat_fd).st_size
@@ -337,7 +407,7 @@ def index_tail(
             start = last.end
         if block.version != CURRENT_VERSION and not chain_reaches(dat_fd, block, start):
             raise RepairRefused(f"the records are not those of version {block.version}")
-        found = _scan(dat_fd, block.version, start, size, behind_damage_delete=True)
+        found = _scan(dat_fd, block.version, start, size, behind_damage_delete=True, known=known)
         if found.end > MAX_VOLUME_BYTES[width]:
             raise RepairRefused(f"the data ends behind {MAX_VOLUME_BYTES[width]}, where {width} byte offsets end")
         repair = Repair(start, found.end, len(found.keys), _settle_empty_records(found, idx_fd, width))
@@ -443,9 +513,9 @@ def drop_rows_behind_hole(
     behind that anew.
 
     A power cut can lose a page in the middle of what was written last. Rows behind the hole hide that records with rows
-    in it are missing; without them index_tail finds all. The old index is kept as `<idx>.torn-<offset>`, the new one
-    comes in place by rename. Raises RepairRefused as index_tail does: then nothing was changed. Failpoints: those of
-    index_tail, index.rename.
+    in it are missing; without them index_tail finds all. They lead it over holes in the data. The old index is kept as
+    `<idx>.torn-<offset>`, the new one comes in place by rename. Raises RepairRefused as index_tail does: then nothing
+    was changed. Failpoints: those of index_tail, index.rename.
     """
     keep_bytes = first_blank * (12 + width)
     temporary = idx_path + ".tmp"
@@ -463,8 +533,9 @@ def drop_rows_behind_hole(
                 at += len(piece)
             os.fsync(new_fd)
             summary = engine.idx_summarize(new_fd, width, block.version, os.stat(dat_path).st_size)
+            known = _Known.behind(idx_fd, width, first_blank)
         furthest = summary.furthest if summary.max_end else None
-        repair = index_tail(dat_path, temporary, base_path, width=width, block=block, furthest=furthest)
+        repair = index_tail(dat_path, temporary, base_path, width=width, block=block, furthest=furthest, known=known)
         kept = f"{idx_path}.torn-{keep_bytes}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(kept)

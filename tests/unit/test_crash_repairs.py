@@ -190,6 +190,37 @@ def test_new_volume_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.Mon
     assert order == ["data", "info"]
 
 
+@pytest.mark.parametrize("lost", range(2, 8))
+@pytest.mark.parametrize("bytes_lost", [24, 100, 4000])
+def test_holes_in_index_and_data_hide_no_needle(tmp_path: Path, lost: int, bytes_lost: int) -> None:
+    """After a failed flush of each of them, days apart, a power cut. Rows behind the one were dropped, and records
+    behind the other not found without them: flushed ones, too, were cut off as half a record."""
+    volume = create(tmp_path)
+    data = {key: b"data %d" % key * (400 + key) for key in range(1, 9)}
+    for key, body in data.items():
+        put(volume, key, body)
+    volume.delete_needle(1, COOKIE)
+    volume.close()
+    rows = rows_in(tmp_path / "3.idx")
+    with (tmp_path / "3.idx").open("r+b") as idx:
+        idx.seek(ROW)
+        idx.write(bytes(ROW))
+    with (tmp_path / "3.dat").open("r+b") as dat:
+        dat.seek(rows[lost - 1][1] + 8)
+        dat.write(bytes(bytes_lost))
+    gone = {key for key, offset, _ in rows[:8] if rows[lost - 1][1] <= offset < rows[lost - 1][1] + 8 + bytes_lost}
+    for _ in range(2):
+        volume = load(tmp_path, 3)
+        assert not volume.is_read_only
+        for key, body in data.items():
+            if key in gone or key == 1:
+                assert absent(volume, key)
+            else:
+                assert data_of(volume, key) == body
+        volume.close()
+    assert not list(tmp_path.glob("3.torn-*"))
+
+
 @pytest.mark.parametrize("behind", [b"", bytes(16), bytes(48)], ids=["the last", "a row of zeros", "three"])
 def test_half_a_row_deletes_no_needle(tmp_path: Path, behind: bytes) -> None:
     """A write of a row broke off behind the key, and the power went before what took it back was on the disk: a key
@@ -202,6 +233,18 @@ def test_half_a_row_deletes_no_needle(tmp_path: Path, behind: bytes) -> None:
     assert [data_of(volume, key) for key in range(1, 9)] == [b"data %d" % key for key in range(1, 9)]
     assert len(rows_in(tmp_path / "3.idx")) == 8
     assert len((tmp_path / "3.idx.torn-128").read_bytes()) == 144 + len(behind)
+    volume.close()
+
+
+def test_half_a_row_before_others_deletes_no_needle(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    whole = (tmp_path / "3.idx").read_bytes()
+    half = (2).to_bytes(8, "big") + bytes(8)
+    (tmp_path / "3.idx").write_bytes(whole[: 5 * ROW] + half + whole[5 * ROW :])
+    volume = load(tmp_path, 3)
+    assert not volume.is_read_only
+    assert [data_of(volume, key) for key in range(1, 9)] == [b"data %d" % key for key in range(1, 9)]
+    assert (tmp_path / "3.idx").read_bytes() == whole
     volume.close()
 
 
