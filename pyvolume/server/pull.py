@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import grpc
+from grpc.experimental import ChannelOptions
 
 from pyvolume.server.rpc import REQUEST_ID_KEY, VOLUME_SERVICE, Channels, RpcFailure, failure_from, method_classes
 
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 SILENCE_LIMIT_S = 120.0
 """How long a peer may send nothing on a stream. Senders of upstream that follow a volume beat every 2 s."""
 WATCH_INTERVAL_S = 0.5
-WINDOW_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.http2.lookahead_bytes", 16 << 20),)
+SINGLE_THREADED: str = ChannelOptions.SingleThreadedUnaryStream
+LINK_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.http2.lookahead_bytes", 16 << 20),
+    (SINGLE_THREADED, 1),  # who waits for a message polls for it: no change of threads
+)
 
 
 class Waiter(Protocol):
@@ -79,7 +84,7 @@ class PeerLink:
     def __init__(self, channels: Channels, address: str, call: Waiter) -> None:
         self._address = address
         self._call = call
-        self._channel = channels.dial(address, WINDOW_OPTIONS)
+        self._channel = channels.dial(address, LINK_OPTIONS)
         self._metadata = ((REQUEST_ID_KEY, call.request_id),)
 
     def __enter__(self) -> Self:

@@ -100,6 +100,38 @@ def test_reading_messages_of_any_library() -> None:
     assert wire.number(fields, 1) == 0
 
 
+def test_records_are_read_alike_however_they_are_written() -> None:
+    def read(message: bytes) -> tuple[bytes, bytes, bool, int]:
+        header, body, is_last, version = wire.tail_fields(message)
+        return bytes(header), bytes(body), is_last, version
+
+    for length in (0, 1, 16, 127, 128, 300, 20_000, 3 << 20):
+        for header in (b"h" * 16, b"h" * 15, b""):
+            for is_last in (False, True):
+                for version in (0, 3, 127, 128):
+                    expected = (header, os.urandom(length), is_last, version)
+                    made = pb.VolumeTailSenderResponse(
+                        needle_header=expected[0], needle_body=expected[1], is_last_chunk=is_last, version=version
+                    ).SerializeToString()
+                    assert read(made) == expected
+                    assert read(b"\x20\x07" + made + b"\x20" + bytes([version & 0x7F])) == (
+                        *expected[:3],
+                        version & 0x7F,
+                    )
+    plain = wire.TailFrame(3).piece(b"h" * 16, b"body", True)
+    assert read(plain) == (b"h" * 16, b"body", True, 3)
+    assert read(plain + plain) == (b"h" * 16, b"body", True, 3)
+    for cut in range(1, len(plain)):
+        whole = cut in (18, 24, 26)  # between two fields
+        if whole:
+            assert read(plain[:cut])[0] == b"h" * 16
+        else:
+            with pytest.raises(ValueError, match="message"):
+                read(plain[:cut])
+    with pytest.raises(ValueError, match="message"):
+        read(plain[:19] + b"\xff\xff\xff\xff\x0f" + plain[20:])
+
+
 @pytest.mark.parametrize("text", [b"\x0a", b"\x0a\x05abc", b"\x80", b"\x0a" + b"\xff" * 11, b"\x0b", b"\x07", b"\x00"])
 def test_reading_what_is_no_message(text: bytes) -> None:
     with pytest.raises(ValueError, match="message"):

@@ -101,15 +101,10 @@ def volume_tail_receiver(call: Call, request: Any) -> Any:
     ):
         for message in messages:
             try:
-                fields = wire.read_fields(message)
+                header, body, is_last, version = wire.tail_fields(message)
             except ValueError as exc:
                 raise PyvolumeError(f"receiving volume {vid} from {source}: {exc}") from None
-            needle = assembler.add(
-                wire.content(fields, wire.HEADER_FIELD),
-                wire.content(fields, wire.BODY_FIELD),
-                bool(wire.number(fields, wire.LAST_FIELD)),
-                wire.number(fields, wire.VERSION_FIELD),
-            )
+            needle = assembler.add(header, body, is_last, version)
             if needle is not None:
                 tail.apply(volume, needle)
     return pb.VolumeTailReceiverResponse()

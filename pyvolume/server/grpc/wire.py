@@ -22,6 +22,9 @@ BATCH_MESSAGES: Final = 256
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
+_PLAIN_HEADER: Final = bytes((HEADER_FIELD << 3 | _BYTES, 16))
+_PLAIN_BODY: Final = bytes((BODY_FIELD << 3 | _BYTES,))
+_PLAIN_END: Final = bytes((LAST_FIELD << 3 | _VARINT, 1, VERSION_FIELD << 3 | _VARINT))
 _U64: Final = (1 << 64) - 1
 
 Buffer = bytes | bytearray | memoryview
@@ -130,7 +133,7 @@ def read_fields(message: Buffer) -> Fields:
     return fields
 
 
-def _read_varint(view: memoryview, at: int, end: int) -> tuple[int, int]:
+def _read_varint(view: Buffer, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     for where in range(at, min(end, at + _MAX_VARINT_BYTES)):
         byte = view[where]
@@ -139,6 +142,26 @@ def _read_varint(view: memoryview, at: int, end: int) -> tuple[int, int]:
             return value & _U64, where + 1
         shift += 7
     raise ValueError("a message that ends within a number")
+
+
+def tail_fields(message: bytes) -> tuple[memoryview, memoryview, bool, int]:
+    """Header, body, whether it is the last piece, and version of a VolumeTailSenderResponse. Raises ValueError.
+
+    A record in one piece, as any library writes it, is looked at in the few places that matter.
+    """
+    if message[:2] == _PLAIN_HEADER and message[18:19] == _PLAIN_BODY:
+        length, start = _read_varint(message, 19, len(message))
+        end = start + length
+        if message[end:-1] == _PLAIN_END and message[-1] <= 0x7F:
+            view = memoryview(message)
+            return view[2:18], view[start:end], True, message[-1]
+    fields = read_fields(message)
+    return (
+        content(fields, HEADER_FIELD),
+        content(fields, BODY_FIELD),
+        bool(number(fields, LAST_FIELD)),
+        number(fields, VERSION_FIELD),
+    )
 
 
 def number(fields: Fields, field: int) -> int:
