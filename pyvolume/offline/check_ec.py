@@ -23,7 +23,10 @@ from pyvolume.storage.ec.layout import Ratio, shard_bytes_of
 _STEP_BYTES: Final = 1 << 20
 _SHOWN: Final = 100
 _REMAKE: Final = "move the shard away and run `ec.rebuild` in `weed shell`"
-_FIX: Final = "run `pyvolume fix` with all directories that have shards, or copy the index from another server"
+_FIX: Final = (
+    "copy .ecx and .ecj from another server that has shards, or if there is none run `pyvolume fix` with all "
+    "directories that have shards: it cannot know which deletes had been folded into the index"
+)
 
 
 def run(job: Job) -> int:

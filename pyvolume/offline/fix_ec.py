@@ -1,7 +1,8 @@
 """`pyvolume fix` of erasure coded volumes: the index made anew of the records in the shards.
 
 An index that is whole and fits the records is left alone. Of a damaged one is taken over which records without data are
-deletes and which are empty files, and what was deleted. Journals stay as they are. May import common, check_ec,
+deletes and which are empty files, and what was deleted; journals say what else was, and stay as they are. Deletes that
+were folded into rows that are lost cannot be known: that is said, and is a finding. May import common, check_ec,
 ec_volumes, storage, _native and the leaves.
 """
 
@@ -66,6 +67,7 @@ def fix_ec_volume(job: Job, volume: EcFiles, path: str) -> dict[str, object]:
         "rows": len(rows),
         "damaged": damaged,
     }
+    facts["unknown"] = _tell_unknown(job, volume, path, rows, width)
     if job.args.dry_run:
         for each in todo:
             job.find(Finding("warning", each, "would be rebuilt", f"{plural(len(rows), 'row')}, {facts['live']} live"))
@@ -82,10 +84,25 @@ def fix_ec_volume(job: Job, volume: EcFiles, path: str) -> dict[str, object]:
                 files.remove_if_exists(working)
         text = f"{each}: rebuilt, {plural(len(rows), 'row')}, {facts['live']} live"
         job.say(f"{text}; the old one is {kept}" if kept else text)
-    if not volume.ecx:
-        text = "deletes that had been folded into the lost index cannot be known: such needles are there again"
-        job.find(Finding("info", path, text, "copy the index from another server that has shards, if there is one"))
     return facts
+
+
+def _tell_unknown(job: Job, volume: EcFiles, path: str, rows: dict[int, tuple[int, int]], width: int) -> int:
+    """Says of how many needles nobody can tell here whether they were deleted: no row of an index is left of them."""
+    known = _known(volume, width)
+    unknown = sum(size >= 0 and (key, offset) not in known for key, (offset, size) in rows.items())
+    if not unknown:
+        return 0
+    journals = "the journal has others" if volume.ecj else "and there is no journal (.ecj) either"
+    text = (
+        f"no row of an index is left of {plural(unknown, 'needle')} that the shards have: deletes that ec.rebuild or "
+        f"ec.decode had folded into the index were known to it only, {journals}; such needles are there again"
+    )
+    remedy = (
+        "if another server has shards, copy its .ecx and .ecj here instead (`ec.rebuild` does), before one starts here"
+    )
+    job.find(Finding("warning", path, text, remedy))
+    return unknown
 
 
 def _fault(volume: EcFiles, path: str, width: int, shards: Shards) -> str:

@@ -2,9 +2,9 @@
 
 A stretch of a needle comes from a shard on this server, else from a server that has the shard, else it is made of the
 same stretch of enough other shards. Where shards are is asked of the master and kept for a while, which depends on how
-many are known. A server that does not answer is left alone for PENALTY_S, so that it costs one time-out and not one for
-each needle. Departure E4: only the record is read, nothing behind it. Upstream: `weed/storage/store_ec.go`,
-`store_ec_delete.go`.
+many are known. A server that does not answer is left alone for PENALTY_S, then tried by one read, and left alone for
+longer, so that it costs one time-out and not one for each needle. Departure E4: only the record is read, nothing behind
+it. Upstream: `weed/storage/store_ec.go`, `store_ec_delete.go`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from pyvolume._native import ec, engine
@@ -34,6 +35,7 @@ HAND_OVER_S, HAND_OVER_PAUSE_S = 3.0, 0.1
 RECENT_S: Final = 3600.0
 """Deletes of this time are told to whoever takes a shard over, if they came after it was copied."""
 PENALTY_S: Final = 10.0
+MAX_PENALTY_S: Final = 120.0
 MAX_THREADS: Final = 64
 FRESH_FEW_S, FRESH_ENOUGH_S, FRESH_ALL_S = 11.0, 7 * 60.0, 37 * 60.0
 FALLBACK_SHARDS: Final = 14
@@ -104,7 +106,7 @@ class EcReader:
         self._delete_here = delete_here
         self._helpers = Helpers(MAX_THREADS)
         self._lock = threading.Lock()
-        self._down_until_s: dict[str, float] = {}
+        self._down: dict[str, _Down] = {}
         self._master_down_until_s = 0.0
 
     def close(self) -> None:
@@ -170,6 +172,11 @@ class EcReader:
         fresh_s = FRESH_FEW_S if known < ratio.data else FRESH_ALL_S if known == ratio.total else FRESH_ENOUGH_S
         return fresh_s - (time.monotonic() - volume.locations_at_s)
 
+    def _is_somewhere_by_now(self, volume: EcVolume, intervals: Sequence[Interval], fds: Sequence[int]) -> bool:
+        """Whether another server has a shard that nobody had a while ago: it may know of deletes."""
+        self._refresh_if_possible(volume, FRESH_FEW_S)
+        return any(fds[each.shard] < 0 and volume.shard_locations.get(each.shard) for each in intervals)
+
     def _has_lowest(self, volume: EcVolume) -> bool:
         """Whether this server has the first shard that there is: its holder notes deletes of needles that begin in a
         shard which nobody has."""
@@ -181,7 +188,8 @@ class EcReader:
         """Lets the fast lane make what nobody has of the shards here, as long as that is known."""
         view = volume.view
         if view is not None and self._has_lowest(volume):
-            view.elsewhere([shard for shard, at in volume.shard_locations.items() if at], self._fresh_s(volume))
+            valid_s = min(FRESH_FEW_S, self._fresh_s(volume))
+            view.elsewhere([shard for shard, at in volume.shard_locations.items() if at], valid_s)
 
     def _read_here(self, volume: EcVolume, layout: Layout, offset: int, length: int) -> bytearray | None:
         """A record, in one go, if this server's shards give all of it; None if they do not, for whatever reason.
@@ -199,7 +207,7 @@ class EcReader:
                         return None  # it is somewhere else
                     lost = True
             if lost:
-                if self._fresh_s(volume) <= 0:
+                if self._fresh_s(volume) <= 0 or self._is_somewhere_by_now(volume, layout.locate(offset, length), fds):
                     return None
                 for number in range(ratio.total):
                     if len(held) >= ratio.data:
@@ -304,6 +312,10 @@ class EcReader:
         except PeerDown:
             self._leave_alone(address)
             raise
+        except PyvolumeError:
+            self._has_answered(address)
+            raise
+        self._has_answered(address)
         if deleted:
             raise NeedleDeleted("already deleted")
         if len(data) != interval.length:
@@ -311,12 +323,30 @@ class EcReader:
         return data
 
     def _leave_alone(self, address: str) -> None:
+        """Each time that a server is tried again and silent again it is left alone for twice as long."""
         with self._lock:
-            self._down_until_s[address] = max(self._down_until_s.get(address, 0.0), time.monotonic() + PENALTY_S)
+            down, now_s = self._down.get(address), time.monotonic()
+            if down is not None and not down.is_tried and down.until_s > now_s:
+                return  # asked at the same time as the one that told so
+            penalty_s = PENALTY_S if down is None else min(2 * down.penalty_s, MAX_PENALTY_S)
+            self._down[address] = _Down(now_s + penalty_s, penalty_s, is_tried=False)
 
     def _is_down(self, address: str) -> bool:
+        """Whether a server is to be left alone. When its time is over one caller tries it, for all others it is down
+        until that one knows."""
         with self._lock:
-            return self._down_until_s.get(address, 0.0) > time.monotonic()
+            down, now_s = self._down.get(address), time.monotonic()
+            if down is None:
+                return False
+            if down.until_s > now_s:
+                return True
+            self._down[address] = _Down(now_s + READ_TIMEOUT_S + 1.0, down.penalty_s, is_tried=True)
+            return False
+
+    def _has_answered(self, address: str) -> None:
+        if address in self._down:
+            with self._lock:
+                self._down.pop(address, None)
 
     def _recover(self, volume: EcVolume, key: int, wanted: Interval) -> bytes:
         """Makes a stretch of the same stretch of other shards; asks their servers all at once.
@@ -363,8 +393,10 @@ class EcReader:
         pieces: dict[int, bytes],
         witness: int | None,
     ) -> None:
-        """Adds pieces of other servers until there are enough and the holder of `witness` has answered. A shard that
-        cannot be had is dropped from the cache."""
+        """Adds pieces of other servers until there are enough and the holder of `witness` has answered.
+
+        Upstream forgets where a shard is that cannot be had. Here that would mean that nobody has it.
+        """
         answers: queue.SimpleQueue[tuple[int, bytes | NeedleDeleted | None]] = queue.SimpleQueue()
 
         def fetch(interval: Interval) -> None:
@@ -384,9 +416,7 @@ class EcReader:
                 raise outcome
             if shard == witness:
                 witness = None
-            if outcome is None:
-                volume.update_locations(lambda cache, shard=shard: cache.pop(shard, None))  # type: ignore[misc]
-            else:
+            if outcome is not None:
                 pieces[shard] = outcome
             if witness is None and len(pieces) >= volume.ratio.data:
                 return
@@ -453,15 +483,17 @@ class EcReader:
         """Has one of the servers note a delete; the last failure if none did. One that is down is not asked again."""
         failure: StorageError = _NoHolder(f"{what}: ec shard missing")
         for address in addresses:
+            skipped = PeerDown(f"{address} did not answer")
             try:
                 if self._is_down(address):
-                    raise PeerDown(f"{address} did not answer")
+                    raise skipped
                 self._peers.delete(address, vid, collection, key, version, DELETE_TIMEOUT_S, mark=mark)
             except PyvolumeError as exc:
-                if isinstance(exc, PeerDown):
-                    self._leave_alone(address)
+                if exc is not skipped:
+                    (self._leave_alone if isinstance(exc, PeerDown) else self._has_answered)(address)
                 failure = StorageError(f"failed to delete from ec shard {vid} on {address}: {exc}")
                 continue
+            self._has_answered(address)
             return None
         return failure
 
@@ -523,10 +555,13 @@ class EcReader:
                 continue
             try:
                 keys = self._peers.read_journal(address, vid, volume.collection, DELETE_TIMEOUT_S)
+                self._has_answered(address)
                 volume.merge_deletes(key for key in keys if self._begins_in(volume, key, shards))
             except PyvolumeError as exc:
                 if isinstance(exc, PeerDown):
                     self._leave_alone(address)
+                else:
+                    self._has_answered(address)
                 log.warning("ec volume %d: deletes noted on %s: %s", vid, address, exc)
         return True
 
@@ -620,6 +655,15 @@ class EcReader:
         if failure is not None and not isinstance(failure, _NoHolder):
             raise failure
         return failure is None
+
+
+@dataclass(frozen=True, slots=True)
+class _Down:
+    """A server that did not answer: until when it is left alone, how long that was, whether somebody tries it now."""
+
+    until_s: float
+    penalty_s: float
+    is_tried: bool
 
 
 class _NoHolder(StorageError):

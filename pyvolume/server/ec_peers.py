@@ -30,6 +30,7 @@ PASSED_ON = "x-pyvolume-passed-on"
 """Metadata of a delete that a server passes on; its value is a Mark."""
 MAX_JOURNAL_BYTES = 256 << 20
 _STOP_OFFSET = (1 << 63) - 1
+_LOOK_S = 0.5
 _RETRY_S = 10.0
 _NOT_FOUND = 404
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -199,13 +200,19 @@ def reader_of(server: ServerContext) -> EcReader:
         return reader
 
 
-def catch_up_after_start(server: ServerContext, stop: threading.Event) -> None:
-    """Fetches the deletes that others noted while this server was away, of each volume that it began with."""
-    reader = reader_of(server)
-    left = {volume.vid: set[int]() for volume in server.store.ec.volumes()}
-    for volume in server.store.ec.volumes():
-        left[volume.vid] |= set(volume.shards)
-    while left and server.master.seeds:
-        left = {vid: shards for vid, shards in left.items() if not (stop.is_set() or reader.catch_up(vid, shards))}
-        if not left or stop.wait(_RETRY_S):
+def keep_journals(server: ServerContext, stop: threading.Event) -> None:
+    """Runs until stop. Whenever a stream to a master was opened, the deletes are fetched that others noted while that
+    master did not know of this server's shards."""
+    reader, master, seen = reader_of(server), server.master, 0
+    while not stop.wait(_LOOK_S):
+        contacts = master.contacts
+        if contacts == seen:
+            continue
+        shards: dict[int, set[int]] = {}
+        for volume in server.store.ec.volumes():
+            shards.setdefault(volume.vid, set()).update(volume.shards)
+        answered = [reader.catch_up(vid, numbers) for vid, numbers in shards.items()]
+        if all(answered):
+            seen = contacts
+        elif stop.wait(_RETRY_S):
             return

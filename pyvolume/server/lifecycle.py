@@ -218,11 +218,9 @@ class Process:
             metrics.watch_http("public", self._public.server)
         threading.Thread(target=metrics.history.run, args=(self._quit,), name="metrics-history", daemon=True).start()
         threading.Thread(target=self._periodic, name="periodic", daemon=True).start()
-        if store.ec.volumes():
-            from pyvolume.server.ec_peers import catch_up_after_start
+        from pyvolume.server.ec_peers import keep_journals
 
-            work = partial(catch_up_after_start, context, self._quit)
-            threading.Thread(target=work, name="ec-journals", daemon=True).start()
+        threading.Thread(target=partial(keep_journals, context, self._quit), name="ec-journals", daemon=True).start()
         threading.Thread(target=metrics.sample_gil, args=(self._quit,), name="gil-sample", daemon=True).start()
         watchdog = lockwatch.Watchdog()
         metrics.watch_locks(watchdog)

@@ -109,6 +109,8 @@ class MasterClient:
         self.channels = channels if channels is not None else Channels()
         self._lock = threading.Lock()
         self._current = ""
+        self.contacts = 0
+        """How often a stream to a master was opened."""
         self._first_try_over = threading.Event()
         self._first_try_over.set()
         self._cache: OrderedDict[int, tuple[float, tuple[Location, ...]]] = OrderedDict()
@@ -132,6 +134,7 @@ class MasterClient:
         """Called by the heartbeat when its stream to this master is open."""
         with self._lock:
             self._current = address
+            self.contacts += 1
         self._first_try_over.set()
 
     def first_try_begins(self) -> None:

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,22 @@ class Coded:
         for server in others:
             self.lose_at(server, held[server.name])
 
+    def move(self, source: Server, target: Server, numbers: list[int]) -> None:
+        vid, address = int(self.vid), f"{target.url}.{target.grpc}"
+        ask = pb.VolumeEcShardsCopyRequest(
+            volume_id=vid,
+            collection=COLLECTION,
+            shard_ids=numbers,
+            copy_ecx_file=True,
+            copy_ecj_file=True,
+            copy_vif_file=True,
+            source_data_node=f"{source.url}.{source.grpc}",
+        )
+        self.channels.unary(address, VOLUME_SERVICE, "VolumeEcShardsCopy", ask, timeout_s=60)
+        mount = pb.VolumeEcShardsMountRequest(volume_id=vid, collection=COLLECTION, shard_ids=numbers)
+        self.channels.unary(address, VOLUME_SERVICE, "VolumeEcShardsMount", mount, timeout_s=60)
+        self.lose_at(source, numbers)
+
     def some_to_lose(self) -> list[int]:
         """Four shards, not all that a server has: the journal of deletes goes with the last."""
         while True:
@@ -171,12 +188,15 @@ class Coded:
     def verify(self, when: str, kind: str = "own") -> None:
         """Every object by way of every server of a kind: it has its content, or is gone."""
         for server in [each for each in self.cluster.servers if each.kind == kind]:
-            for fid, data in self.live.items():
-                got = wait_for(lambda s=server, f=fid: found(s.port, f), f"{when}: {fid} by {server.name}", 60)
-                assert got == (200, data), (when, server.name, fid, got[0], len(data))
-            for fid in self.dead:
-                got = wait_for(lambda s=server, f=fid: found(s.port, f), f"{when}: {fid} by {server.name}", 60)
-                assert got[0] == 404, (when, server.name, fid, got[0], len(got[1]))
+            self.verify_at(server, when)
+
+    def verify_at(self, server: Server, when: str) -> None:
+        for fid, data in self.live.items():
+            got = wait_for(lambda s=server, f=fid: found(s.port, f), f"{when}: {fid} by {server.name}", 60)
+            assert got == (200, data), (when, server.name, fid, got[0], len(data))
+        for fid in self.dead:
+            got = wait_for(lambda s=server, f=fid: found(s.port, f), f"{when}: {fid} by {server.name}", 60)
+            assert got[0] == 404, (when, server.name, fid, got[0], len(got[1]))
 
     def shell(self, *commands: str) -> str:
         return self.cluster.shell(*commands)
@@ -257,6 +277,61 @@ def test_deletes_during_a_command_stay(tmp_path: Path, command: str) -> None:
         coded.verify(command)
         numbers = sorted(n for held in coded.shards().values() for n in held)
         assert numbers == ([] if command == "ec.decode" else list(range(SHARDS))), out
+    finally:
+        coded.channels.close()
+        cluster.stop()
+
+
+def test_a_server_that_hangs_and_one_that_is_away(tmp_path: Path) -> None:
+    """With one of two servers stopped reads cost one time-out, not one for each needle; deletes are refused. Once it is
+    away they are noted by the other, and known to it when it is back."""
+    cluster = Cluster(tmp_path, ("own", "own"))
+    coded = Coded(cluster)
+    try:
+        coded.shell(f"ec.encode -volumeId={coded.vid} -collection={COLLECTION} -force -rebalance=false")
+        held = coded.shards()
+        here, there = sorted(cluster.servers, key=lambda each: -len(held[each.name]))
+        coded.move(here, there, [0, 1, 2, 3])
+        coded.verify("spread")
+        there.kill(signal.SIGSTOP)
+        for fid, data in coded.live.items():
+            assert request(here.port, "GET", f"/{fid}") == (200, data)
+        log = (tmp_path / f"{here.name}.log").read_text()
+        assert 1 <= log.count("DeadlineExceeded") < OBJECTS // 10, "one for each try"
+        refused = []
+        for fid in sorted(coded.live)[::10]:
+            status, _ = request(here.port, "DELETE", f"/{fid}")
+            assert status in (202, 500)
+            if status == 202:
+                del coded.live[fid]
+                coded.dead.append(fid)
+            else:
+                refused.append(fid)
+        assert coded.dead and refused
+        there.kill(signal.SIGCONT)
+        for fid in refused:
+            wait_for(lambda fid=fid: request(here.port, "DELETE", f"/{fid}")[0] == 202, "it is deleted", 200)
+            del coded.live[fid]
+            coded.dead.append(fid)
+        for fid in coded.dead:
+            wait_for(lambda fid=fid: request(there.port, "GET", f"/{fid}")[0] == 404, f"{fid} is gone there, too")
+        coded.verify("awake")
+        there.kill()
+        wait_for(lambda: coded.mounted() == list(range(4, SHARDS)), "the master misses its shards")
+        before = len(coded.dead)
+        for fid in sorted(coded.live)[::10]:
+            wait_for(lambda fid=fid: request(here.port, "DELETE", f"/{fid}")[0] == 202, "it is deleted", 60)
+            del coded.live[fid]
+            coded.dead.append(fid)
+        assert len(coded.dead) > before
+        for fid in coded.dead[before:]:
+            assert request(here.port, "GET", f"/{fid}")[0] == 404
+        there.start()
+        wait_for(lambda: coded.mounted() == list(range(SHARDS)), "all shards are announced")
+        for fid in coded.dead:
+            for port in (here.port, there.port):
+                wait_for(lambda fid=fid, port=port: request(port, "GET", f"/{fid}")[0] == 404, f"{fid} is gone")
+        coded.verify("back")
     finally:
         coded.channels.close()
         cluster.stop()

@@ -7,11 +7,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_helpers import wait_for
 from grpc_nodes import COOKIE, Peer, Server, content, put, relay
 
 from pyvolume._native.ec import IdSet
@@ -356,6 +358,39 @@ def test_a_peer_that_says_nothing_costs_one_time_out(one: Server, two: Server, m
             assert read(one, key) == data
         assert time.monotonic() - started < 5
         assert len(peer.seen) == 1
+    finally:
+        released.set()
+        peer.stop()
+
+
+def test_a_peer_that_stays_silent_holds_up_one_read_at_a_time(one: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever its time was over all reads waited for it again."""
+    monkeypatch.setattr(ops_ec, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(ops_ec, "PENALTY_S", 0.5)
+    needles = encode(one)
+    cluster = Cluster(one)
+    released = threading.Event()
+    peer = Peer(VolumeEcShardRead=lambda _request, _context: iter([released.wait(20)][:0]))
+    try:
+        ok(one.call("VolumeEcShardsUnmount", volume_id=VID, shard_ids=[0]))
+        cluster.others = {0: [Location("127.0.0.1:1", grpc_port=peer.port)]}
+        key = key_in(one, 0)
+        reader = reader_of(one.context)
+        assert read(one, key) == needles[key]
+        (address,) = reader._down
+        pauses = [reader._down[address].penalty_s]
+        for tried in (2, 3):
+            until_s = reader._down[address].until_s
+            wait_for(lambda until_s=until_s: time.monotonic() > until_s)
+            with ThreadPoolExecutor(8) as pool:
+                assert set(pool.map(lambda _: read(one, key), range(8))) == {needles[key]}
+            assert len(peer.seen) == tried
+            pauses.append(reader._down[address].penalty_s)
+        assert pauses == [0.5, 1.0, 2.0]
+        released.set()
+        wait_for(lambda: time.monotonic() > reader._down[address].until_s)
+        assert read(one, key) == needles[key]
+        assert not reader._down, "it has answered"
     finally:
         released.set()
         peer.stop()

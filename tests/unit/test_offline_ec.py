@@ -241,11 +241,13 @@ def test_a_damaged_index_is_made_anew(volume: Path, capsys: pytest.CaptureFixtur
         (volume / f"51.ec{number:02d}").unlink()
     before = contents(volume)
     said = answer(capsys, "fix", "--dry-run", volume)
-    assert said["exit_code"] == 1 and "would be rebuilt" in said["findings"][0]["reason"]
+    assert said["exit_code"] == 1 and "would be rebuilt" in said["findings"][-1]["reason"]
     assert contents(volume) == before
     said = answer(capsys, "fix", volume)
     (facts,) = said["volumes"]
-    assert (said["exit_code"], facts["changed"], facts["live"], facts["rows"]) == (0, True, 16, 20)
+    unknown = {"missing": 16, "empty": 16, "ragged": 1}.get(kind, 0)
+    assert (said["exit_code"], facts["changed"], facts["live"], facts["rows"]) == (int(unknown > 0), True, 16, 20)
+    assert facts["unknown"] == unknown
     assert path.read_bytes() == wanted
     after = contents(volume)
     if kind != "missing":
@@ -255,6 +257,34 @@ def test_a_damaged_index_is_made_anew(volume: Path, capsys: pytest.CaptureFixtur
     }
     assert found(answer(capsys, "check", volume)) == []
     assert answer(capsys, "fix", volume)["volumes"][0]["changed"] is False
+
+
+def test_deletes_that_were_folded_into_a_lost_index_are_a_finding(
+    volume: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They come back, and nothing told so but a line that is no finding."""
+    path = volume / "51.ecx"
+    path.write_bytes(with_deletes(volume))
+    (volume / "51.ecj").write_bytes(b"")
+    mirror = volume.parent / "d1"
+    mirror.mkdir()
+    shutil.copy(path, mirror)
+    shutil.move(volume / "51.ec13", mirror)
+    path.write_bytes(b"")
+    said = answer(capsys, "fix", volume, mirror)
+    assert (said["exit_code"], said["volumes"][0]["unknown"], found(said)) == (0, 0, []), "the other disk's index knows"
+    assert path.read_bytes() == (mirror / "51.ecx").read_bytes() == with_deletes(volume)
+    for each in (path, mirror / "51.ecx"):
+        each.unlink()
+    said = answer(capsys, "fix", volume, mirror)
+    (finding,) = found(said)
+    assert (said["exit_code"], said["volumes"][0]["unknown"], said["volumes"][0]["live"]) == (1, 20, 20)
+    assert finding["file"] == str(path) and finding["reason"].startswith("no row of an index is left of 20 needles")
+    assert "folded" in finding["reason"] and "another server" in finding["remedy"]
+    (volume / "51.ecj").unlink()
+    path.unlink()
+    (finding,) = found(answer(capsys, "fix", volume, mirror))
+    assert "there is no journal (.ecj) either" in finding["reason"]
 
 
 def test_an_index_that_is_right_is_left_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,8 +322,9 @@ def test_needles_of_a_damaged_shard_stay_in_the_index(volume: Path, capsys: pyte
     for number in range(10, 14):
         (volume / f"51.ec{number:02d}").unlink()
     said = answer(capsys, "fix", volume)
-    (finding,) = found(said)
+    finding, lost = found(said)
     assert (said["exit_code"], finding["key"], finding["offset"]) == (1, key, offset)
+    assert "no row of an index is left of 16 needles" in lost["reason"]
     assert (volume / "51.ecx").read_bytes() == wanted
 
 
@@ -320,7 +351,7 @@ def test_records_across_shards_with_a_damaged_header(tmp_path: Path, capsys: pyt
     shard, within = divmod(offset, 1 << 20)
     overwrite(directory / f"c_3.ec{shard % 10:02d}", (shard // 10 << 20) + within, b"\xff" * 16)
     ecx.unlink()
-    assert answer(capsys, "fix", directory)["exit_code"] == 0
+    assert answer(capsys, "fix", directory)["exit_code"] == 1, "nobody knows what was deleted since"
     assert ecx.read_bytes() == wanted
     said = answer(capsys, "check", directory)
     assert said["volumes"][0]["damaged_shards"] == [shard % 10] and not said["volumes"][0]["unreadable"]
