@@ -313,6 +313,8 @@ typedef struct pv_entry {
 } pv_entry;
 /* Looks a key up. PV_ENOTFOUND, PV_ECLOSED; with PV_VOL_NO_MAP PV_EINVAL. */
 PV_API int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) PV_WUR;
+/* The same without waiting for a disk: PV_EMORE where it would, with a map in a file. */
+PV_API int pv_vol_lookup_cached(pv_vol *v, uint64_t id, pv_entry *out) PV_WUR;
 /* Copies up to max map entries with key >= from in ascending order (deleted ones included, with negative sizes); returns
  * the count. PV_ECLOSED; with PV_VOL_NO_MAP PV_EINVAL. */
 PV_API int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;

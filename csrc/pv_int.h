@@ -167,6 +167,8 @@ void pv__pages_free(void *p, size_t len);
 
 /* ------------------------------------------------------------------ needle map (pv_map.c) */
 
+/* pv_map_get without waiting for a disk: PV_EMORE where it would. */
+int pv__map_get_cached(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
 /* Replays rows that were read; *done goes up by those that are in. */
 int pv__map_apply(pv_map *m, const pv_idx_row *rows, size_t count, uint64_t *done) PV_WUR;
 /* pv_shuffled.c: replays [first_row, first_row + rows) of an index in the order of keys; all of these rows are there. Takes
@@ -191,7 +193,8 @@ int pv__sorted_open(const char *path, int idx_fd, uint8_t width, pv__sorted **ou
                     pv_errinfo *err) PV_WUR;
 void pv__sorted_close(pv__sorted *s);
 size_t pv__sorted_memory(const pv__sorted *s);
-int pv__sorted_get(const pv__sorted *s, uint64_t key, uint64_t *offset, int32_t *size) PV_WUR;
+/* cached: from the page cache alone, PV_EMORE if that does not have what is needed. */
+int pv__sorted_get(const pv__sorted *s, uint64_t key, bool cached, uint64_t *offset, int32_t *size) PV_WUR;
 int pv__sorted_delete(pv__sorted *s, uint64_t key, int32_t *old_size) PV_WUR;
 int pv__sorted_visit(const pv__sorted *s, uint64_t from, pv_idx_row *rows, size_t max) PV_WUR;
 

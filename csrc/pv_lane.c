@@ -109,6 +109,7 @@ struct op {
     pv_vol *v;         /* a reference */
     pv_shards *shards; /* a reference, instead of v */
     bool sized;        /* of shards: the needle is known by row, and what it takes by charge */
+    bool unplaced;     /* where the needle is has to be read from a disk: entry is not known yet */
     pv_idx_row row;
     uint64_t charge;    /* of the budget, for the connection to take over */
     uint64_t copy_ns;   /* what a write with copies took */
@@ -546,7 +547,7 @@ static int admit(lane_thread *t, conn *c, const char *p, op *o) {
     }
     o->kind = is_read(c) ? OP_READ : is_upload(c) ? OP_WRITE : OP_DELETE;
     o->why = -1;
-    o->replicate = o->fsync = false;
+    o->replicate = o->fsync = o->unplaced = false;
     o->read_flags = 0;
     o->ts = o->ttl = pv__text(NULL, 0);
     if (!take_query(c, span_text(p, c->head.query), o)) {
@@ -806,10 +807,35 @@ static int work_shards(op *o, bool soon) {
     return 0;
 }
 
+/* Whether an entry says that there is something to be read, or to be deleted. */
+static bool is_there(const op *o, int rc) {
+    return rc == 0 && o->entry.size != 0 && (o->entry.size > 0 || (o->read_flags & PV_READ_DELETED) != 0);
+}
+
+/* Finds out where a needle is, waiting for the disk. */
+static void place(op *o) {
+    pv_lane *l = o->t->lane;
+    int rc = pv_vol_lookup(o->v, o->key, &o->entry);
+    uint64_t size = (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
+    if (!is_there(o, rc)) {
+        o->why = PV_LANE_WHY_NEEDLE;
+    } else if (size > l->body_max || (size > LARGE && !reserve(l, size))) {
+        o->why = PV_LANE_WHY_SIZE;
+    } else if (size > LARGE) {
+        o->charge = size;
+    }
+}
+
 /* Does the work of o. 1: it would wait for the disk or another change, and soon asks not to. */
 static int work(op *o, bool soon) {
     if (o->shards != NULL) {
         return work_shards(o, soon);
+    }
+    if (o->unplaced) {
+        place(o);
+        if (o->why >= 0) {
+            return 0;
+        }
     }
     uint32_t how = PV_READ_ENTRY | o->read_flags | (soon ? PV_READ_CACHED : 0);
     int rc;
@@ -1132,7 +1158,8 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
     }
     bool wait = false;
     bool locked = false;
-    int rc = o->v != NULL ? pv_vol_lookup(o->v, o->key, &o->entry) : 0;
+    int rc = o->v != NULL ? pv_vol_lookup_cached(o->v, o->key, &o->entry) : 0;
+    bool unplaced = rc == PV_EMORE && o->kind != OP_WRITE;
     uint64_t size = o->v == NULL ? 0 : (uint64_t)(o->entry.size < 0 ? -(int64_t)o->entry.size : o->entry.size);
     if (o->shards != NULL) {
         o->t = t; /* its size is looked at where it is found */
@@ -1142,7 +1169,9 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         if (rc < 0 && rc != PV_ENOTFOUND) {
             why = PV_LANE_WHY_VOLUME;
         }
-    } else if (rc < 0 || size == 0 || (o->entry.size < 0 && (o->read_flags & PV_READ_DELETED) == 0)) {
+    } else if (unplaced) {
+        wait = true;
+    } else if (!is_there(o, rc)) {
         why = rc == PV_EINVAL ? PV_LANE_WHY_VOLUME : PV_LANE_WHY_NEEDLE;
     } else if (size > t->lane->body_max) {
         why = PV_LANE_WHY_SIZE;
@@ -1187,6 +1216,7 @@ static enum outcome serve(lane_thread *t, conn *c, char *p, size_t avail) {
         why = why < 0 && job->shards == NULL ? PV_LANE_WHY_VOLUME : why;
     }
     job->entry = entry;
+    job->unplaced = unplaced;
     job->locked = locked;
     memset(&job->rd, 0, sizeof job->rd);
     if (why < 0 && job->kind == OP_WRITE && !make_needle(t, c, c->buf, job)) {

@@ -826,11 +826,11 @@ int pv_map_open_sorted(uint8_t width, const char *sdx_path, int idx_fd, pv_map *
     return rc;
 }
 
-int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) {
+static int map_get(pv_map *m, uint64_t key, bool cached, uint64_t *offset, int32_t *size) {
     int rc = PV_ENOTFOUND;
     pv__rdlock(&m->lock);
     if (m->sorted != NULL) {
-        rc = pv__sorted_get(m->sorted, key, offset, size);
+        rc = pv__sorted_get(m->sorted, key, cached, offset, size);
     } else if (m->root_count > 0) {
         spot at;
         leaf *l = find(m, key, &at);
@@ -842,6 +842,14 @@ int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) {
     }
     pv__rwunlock(&m->lock);
     return rc;
+}
+
+int pv_map_get(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) {
+    return map_get(m, key, false, offset, size);
+}
+
+int pv__map_get_cached(pv_map *m, uint64_t key, uint64_t *offset, int32_t *size) {
+    return map_get(m, key, true, offset, size);
 }
 
 /* Counters of a running volume: an overwrite counts as a deletion only if the old needle had a body. */

@@ -337,8 +337,21 @@ size_t pv__sorted_memory(const pv__sorted *s) {
     return sizeof *s + (size_t)((s->rows + PAGE - 1) / PAGE) * 8;
 }
 
+/* A page of rows from the page cache alone; PV_EMORE if it is not there. */
+static int read_page_cached(const pv__sorted *s, uint64_t first, pv_idx_row *rows) {
+    uint8_t buf[PAGE * ROW_MAX];
+    size_t n = s->rows - first < PAGE ? (size_t)(s->rows - first) : PAGE;
+    if (pv__io_pread_cached(s->fd, buf, n * s->row_len, first * s->row_len, NULL) < 0) {
+        return PV_EMORE;
+    }
+    for (size_t i = 0; i < n; i++) {
+        pv_idx_row_parse(buf + i * s->row_len, s->width, &rows[i]);
+    }
+    return (int)n;
+}
+
 /* Row number of the first row whose key is not below this one; the page it is in is left in rows. */
-static int search(const pv__sorted *s, uint64_t key, pv_idx_row *rows, uint64_t *at, bool *found) {
+static int search(const pv__sorted *s, uint64_t key, bool cached, pv_idx_row *rows, uint64_t *at, bool *found) {
     *found = false;
     *at = 0;
     if (s->rows == 0) {
@@ -354,7 +367,7 @@ static int search(const pv__sorted *s, uint64_t key, pv_idx_row *rows, uint64_t 
             high = mid;
         }
     }
-    int n = pv_idx_read(s->fd, s->width, low * PAGE, rows, PAGE, NULL);
+    int n = cached ? read_page_cached(s, low * PAGE, rows) : pv_idx_read(s->fd, s->width, low * PAGE, rows, PAGE, NULL);
     if (n < 0) {
         return n;
     }
@@ -370,11 +383,11 @@ static int search(const pv__sorted *s, uint64_t key, pv_idx_row *rows, uint64_t 
     return 0;
 }
 
-int pv__sorted_get(const pv__sorted *s, uint64_t key, uint64_t *offset, int32_t *size) {
+int pv__sorted_get(const pv__sorted *s, uint64_t key, bool cached, uint64_t *offset, int32_t *size) {
     pv_idx_row rows[PAGE];
     uint64_t at;
     bool found;
-    int rc = search(s, key, rows, &at, &found);
+    int rc = search(s, key, cached, rows, &at, &found);
     if (rc < 0 || !found) {
         return rc < 0 ? rc : PV_ENOTFOUND;
     }
@@ -388,7 +401,7 @@ int pv__sorted_delete(pv__sorted *s, uint64_t key, int32_t *old_size) {
     uint8_t buf[ROW_MAX];
     uint64_t at;
     bool found;
-    int rc = search(s, key, rows, &at, &found);
+    int rc = search(s, key, false, rows, &at, &found);
     if (rc < 0 || !found) {
         return rc < 0 ? rc : PV_ENOTFOUND;
     }
@@ -402,6 +415,6 @@ int pv__sorted_visit(const pv__sorted *s, uint64_t from, pv_idx_row *rows, size_
     pv_idx_row page[PAGE];
     uint64_t at;
     bool found;
-    int rc = search(s, from, page, &at, &found);
+    int rc = search(s, from, false, page, &at, &found);
     return rc < 0 ? rc : pv_idx_read(s->fd, s->width, at, rows, max, NULL);
 }

@@ -518,21 +518,36 @@ void pv_vol_superblock(pv_vol *v, pv_superblock *out) {
     pv__mutex_unlock(&v->state_lock);
 }
 
-static int gen_lookup(const gen *g, uint64_t id, pv_entry *out) {
-    int rc = pv_map_get(g->map, id, &out->offset, &out->size);
+static int found_in(const gen *g, int rc, pv_entry *out) {
     out->revision = g->sb.compaction_revision;
     return rc == 0 && out->offset == 0 ? PV_ENOTFOUND : rc;
 }
 
-int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) {
+static int gen_lookup(const gen *g, uint64_t id, pv_entry *out) {
+    return found_in(g, pv_map_get(g->map, id, &out->offset, &out->size), out);
+}
+
+static int lookup(pv_vol *v, uint64_t id, bool cached, pv_entry *out) {
     memset(out, 0, sizeof *out);
     gen *g = pv__gen_acquire(v);
     if (g == NULL) {
         return PV_ECLOSED;
     }
-    int rc = g->map == NULL ? PV_EINVAL : gen_lookup(g, id, out);
+    int rc = PV_EINVAL;
+    if (g->map != NULL) {
+        rc = cached ? found_in(g, pv__map_get_cached(g->map, id, &out->offset, &out->size), out)
+                    : gen_lookup(g, id, out);
+    }
     pv__gen_release(v, g);
     return rc;
+}
+
+int pv_vol_lookup(pv_vol *v, uint64_t id, pv_entry *out) {
+    return lookup(v, id, false, out);
+}
+
+int pv_vol_lookup_cached(pv_vol *v, uint64_t id, pv_entry *out) {
+    return lookup(v, id, true, out);
 }
 
 int pv_vol_visit(pv_vol *v, uint64_t from, pv_idx_row *rows, size_t max) {
