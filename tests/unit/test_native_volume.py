@@ -628,7 +628,7 @@ def test_quick_functions_of_a_header() -> None:
     assert "PV_QUICK" not in build.declarations(header)
     ours = build.quick_functions((ROOT / "csrc" / "pv.h").read_text())
     assert {"pv_vid_parse", "pv_get_plan", "pv_buf_free"} <= set(ours)
-    assert not {"pv_vol_read", "pv_vol_write", "pv_crc32c", "pv_upload_parse", "pv_lane_take"} & set(ours)
+    assert not {"pv_vol_read", "pv_vol_write", "pv_crc32c", "pv_upload_parse"} & set(ours)
 
 
 def test_small_calls_woke_other_threads() -> None:
