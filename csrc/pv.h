@@ -705,10 +705,17 @@ PV_API int pv_ids_new(pv_ids **out) PV_WUR;
 PV_API pv_ids *pv_ids_ref(pv_ids *s);
 PV_API void pv_ids_unref(pv_ids *s);
 PV_API int pv_ids_add(pv_ids *s, uint64_t id) PV_WUR; /* 1, 0 if it was there, PV_ENOMEM (unchanged then) */
+/* Adds ids of 8 bytes each, as a journal has them; half of one at the end is left out. PV_ENOMEM: some may be in it. */
+PV_API int pv_ids_add_bytes(pv_ids *s, const uint8_t *ids, size_t len) PV_WUR;
 PV_API int pv_ids_has(pv_ids *s, uint64_t id) PV_WUR; /* 1 or 0 */
+/* Whether a set has all ids of another: 1 or 0. */
+PV_API int pv_ids_covers(pv_ids *s, pv_ids *of) PV_WUR;
 PV_API uint64_t pv_ids_count(pv_ids *s);
 /* Writes up to max ids, in no order; the number written. */
 PV_API uint64_t pv_ids_list(pv_ids *s, uint64_t *out, uint64_t max) PV_WUR;
+
+/* Adds the ids whose rows in a sorted index say that they are deleted. Errors: PV_ESYS, PV_EINVAL, PV_ENOMEM. */
+PV_API int pv_ecx_buried(int fd, uint8_t width, uint64_t rows, pv_ids *into, pv_errinfo *err) PV_WUR;
 
 typedef struct pv_shards_opts {
     pv_file *ecx;                     /* the sorted index */

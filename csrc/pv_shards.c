@@ -12,6 +12,7 @@
 
 #define IDS_MIN 64U
 #define IDS_MAX ((size_t)1 << 40)
+#define BURIED_ROWS 4096U
 #define INLINE_LOST ((size_t)16384) /* bytes of a lost shard that are made while a connection's thread waits */
 
 /* ------------------------------------------------------------------ counted descriptors */
@@ -121,27 +122,50 @@ static int widen(pv_ids *s) {
     return 0;
 }
 
-int pv_ids_add(pv_ids *s, uint64_t id) {
-    int rc = 0;
-    pv__wrlock(&s->lock);
+/* lock held exclusively. 1, 0 if it was there, PV_ENOMEM. */
+static int add(pv_ids *s, uint64_t id) {
     if (id == 0) {
-        rc = s->zero ? 0 : 1;
+        int is_new = s->zero ? 0 : 1;
         s->zero = true;
-    } else if (s->slots[slot_of(s->slots, s->mask, id)] != id) {
-        rc = (s->count + 1) * 2 > s->mask + 1 ? widen(s) : 0;
-        if (rc == 0) {
-            s->slots[slot_of(s->slots, s->mask, id)] = id;
-            s->count++;
-            rc = 1;
-        }
+        return is_new;
     }
+    if (s->slots[slot_of(s->slots, s->mask, id)] == id) {
+        return 0;
+    }
+    int rc = (s->count + 1) * 2 > s->mask + 1 ? widen(s) : 0;
+    if (rc < 0) {
+        return rc;
+    }
+    s->slots[slot_of(s->slots, s->mask, id)] = id;
+    s->count++;
+    return 1;
+}
+
+int pv_ids_add(pv_ids *s, uint64_t id) {
+    pv__wrlock(&s->lock);
+    int rc = add(s, id);
     pv__rwunlock(&s->lock);
     return rc;
 }
 
+int pv_ids_add_bytes(pv_ids *s, const uint8_t *ids, size_t len) {
+    int rc = 0;
+    pv__wrlock(&s->lock);
+    for (size_t at = 0; rc >= 0 && len - at >= 8; at += 8) {
+        rc = add(s, pv__get_be64(ids + at));
+    }
+    pv__rwunlock(&s->lock);
+    return rc < 0 ? rc : 0;
+}
+
+/* lock held. */
+static bool has(const pv_ids *s, uint64_t id) {
+    return id == 0 ? s->zero : s->slots[slot_of(s->slots, s->mask, id)] == id;
+}
+
 int pv_ids_has(pv_ids *s, uint64_t id) {
     pv__rdlock(&s->lock);
-    bool found = id == 0 ? s->zero : s->slots[slot_of(s->slots, s->mask, id)] == id;
+    bool found = has(s, id);
     pv__rwunlock(&s->lock);
     return found ? 1 : 0;
 }
@@ -166,6 +190,45 @@ uint64_t pv_ids_list(pv_ids *s, uint64_t *out, uint64_t max) {
     }
     pv__rwunlock(&s->lock);
     return n;
+}
+
+int pv_ids_covers(pv_ids *s, pv_ids *of) {
+    if (s == of) {
+        return 1;
+    }
+    pv_ids *low = (uintptr_t)s < (uintptr_t)of ? s : of; /* two locks at a time are taken in this order */
+    pv_ids *high = low == s ? of : s;
+    pv__rdlock(&low->lock);
+    pv__rdlock(&high->lock);
+    bool covers = !of->zero || s->zero;
+    for (size_t i = 0; covers && i <= of->mask; i++) {
+        covers = of->slots[i] == 0 || has(s, of->slots[i]);
+    }
+    pv__rwunlock(&high->lock);
+    pv__rwunlock(&low->lock);
+    return covers ? 1 : 0;
+}
+
+int pv_ecx_buried(int fd, uint8_t width, uint64_t rows, pv_ids *into, pv_errinfo *err) {
+    pv__err_clear(err);
+    pv_idx_row *read = pv__malloc(BURIED_ROWS * sizeof *read);
+    if (read == NULL) {
+        return pv__fail(err, PV_ENOMEM, 0, 0, 0, 0);
+    }
+    int rc = 0;
+    for (uint64_t at = 0; rc >= 0 && at < rows; at += (uint64_t)rc) {
+        rc = pv_idx_read(fd, width, at, read, rows - at < BURIED_ROWS ? (size_t)(rows - at) : BURIED_ROWS, err);
+        if (rc == 0) {
+            break;
+        }
+        for (int i = 0; i < rc; i++) {
+            if (read[i].size < 0 && pv_ids_add(into, read[i].key) < 0) {
+                rc = pv__fail(err, PV_ENOMEM, 0, 0, read[i].key, 0);
+            }
+        }
+    }
+    pv__free(read);
+    return rc < 0 ? rc : 0;
 }
 
 /* ------------------------------------------------------------------ shards */

@@ -53,6 +53,52 @@ static void test_ids(void) {
     pv_ids_unref(NULL);
 }
 
+static void test_many_ids_at_once(void) {
+    static const uint8_t journal[] = {0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3}; /* 5, 0, half of one */
+    pv_ids *a, *b;
+    CHECK_EQ(pv_ids_new(&a), 0);
+    CHECK_EQ(pv_ids_new(&b), 0);
+    CHECK_EQ(pv_ids_covers(a, b), 1);
+    CHECK_EQ(pv_ids_covers(a, a), 1);
+    CHECK_EQ(pv_ids_add_bytes(a, journal, sizeof journal), 0);
+    CHECK_EQ(pv_ids_add_bytes(a, journal, 0), 0);
+    CHECK_EQ(pv_ids_count(a), 2);
+    CHECK(pv_ids_has(a, 5) == 1 && pv_ids_has(a, 0) == 1);
+    CHECK_EQ(pv_ids_covers(a, b), 1);
+    CHECK_EQ(pv_ids_covers(b, a), 0);
+    CHECK_EQ(pv_ids_add(b, 5), 1);
+    CHECK_EQ(pv_ids_covers(b, a), 0); /* not 0 */
+    CHECK_EQ(pv_ids_add(b, 0), 1);
+    CHECK_EQ(pv_ids_covers(b, a), 1);
+    CHECK_EQ(pv_ids_add(b, 6), 1);
+    CHECK_EQ(pv_ids_covers(b, a), 1);
+    CHECK_EQ(pv_ids_covers(a, b), 0);
+    pv_ids_unref(a);
+    pv_ids_unref(b);
+}
+
+static void test_what_is_buried_in_an_index(void) {
+    t_coded c = t_coded_new();
+    pv_ids *found;
+    pv_errinfo err;
+    CHECK_EQ(pv_ids_new(&found), 0);
+    CHECK_EQ(pv_ecx_buried(c.ecx_fd, 4, c.rows, found, &err), 0);
+    CHECK_EQ(pv_ids_count(found), 0);
+    static const uint8_t gone[4] = {0xff, 0xff, 0xff, 0xff};
+    CHECK_EQ(pv__io_pwrite(c.ecx_fd, gone, 4, 4 * 16 + 12, &err), 0);
+    CHECK_EQ(pv__io_pwrite(c.ecx_fd, gone, 4, (c.rows - 1) * 16 + 12, &err), 0);
+    CHECK_EQ(pv_ecx_buried(c.ecx_fd, 4, c.rows, found, &err), 0);
+    CHECK_EQ(pv_ids_count(found), 2);
+    CHECK(pv_ids_has(found, 5) == 1 && pv_ids_has(found, c.rows) == 1);
+    CHECK_EQ(pv_ecx_buried(c.ecx_fd, 4, c.rows + 100, found, &err), 0); /* a file that has become shorter */
+    CHECK_EQ(pv_ecx_buried(c.ecx_fd, 6, c.rows, found, &err), PV_EINVAL);
+    pv__alloc_fail_at(1);
+    CHECK_EQ(pv_ecx_buried(c.ecx_fd, 4, c.rows, found, &err), PV_ENOMEM);
+    pv__alloc_fail_at(0);
+    pv_ids_unref(found);
+    t_coded_free(&c);
+}
+
 static void test_ids_without_memory(void) {
     pv_ids *s;
     for (long n = 1; n <= 2; n++) {
@@ -271,6 +317,8 @@ static void test_registry_of_shards(void) {
 int main(void) {
     RUN(test_the_last_user_closes_a_file);
     RUN(test_ids);
+    RUN(test_many_ids_at_once);
+    RUN(test_what_is_buried_in_an_index);
     RUN(test_ids_without_memory);
     RUN(test_what_is_here_is_read);
     RUN(test_lost_shards_are_made_when_nobody_has_them);

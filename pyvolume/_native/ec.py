@@ -189,18 +189,22 @@ class IdSet:
 
     __slots__ = ("handle",)
 
-    def __init__(self, ids: Iterable[int] = ()) -> None:
+    def __init__(self, journal: bytes = b"") -> None:
+        """journal: ids of 8 bytes each. Raises NativeError PV_ENOMEM."""
         out = _new("pv_ids **")
         _check(_lib.pv_ids_new(out), _new(_T_ERR))
         self.handle: Any = _ffi.gc(out[0], _lib.pv_ids_unref)
-        for one in ids:
-            self.add(one)
+        _check(_lib.pv_ids_add_bytes(self.handle, journal, len(journal)), _new(_T_ERR))
 
     def add(self, needle_id: int) -> bool:
         """Whether it is new. Raises NativeError PV_ENOMEM."""
         code = _lib.pv_ids_add(self.handle, needle_id)
         _check(code, _new(_T_ERR))
         return bool(code)
+
+    def covers(self, other: IdSet) -> bool:
+        """Whether it has all ids of another set."""
+        return bool(_lib.pv_ids_covers(self.handle, other.handle))
 
     def __contains__(self, needle_id: int) -> bool:
         return bool(_lib.pv_ids_has(self.handle, needle_id))
@@ -247,6 +251,13 @@ class Shards:
         for number in numbers:
             bits |= 1 << number
         _lib.pv_shards_elsewhere(self.handle, bits & 0xFFFFFFFF, max(0, min(int(valid_s * 1000), 0xFFFFFFFF)))
+
+
+def ecx_buried(fd: int, width: int, rows: int) -> IdSet:
+    """The ids whose rows in a sorted index say that they are deleted. Raises NativeError."""
+    found, err = IdSet(), _new(_T_ERR)
+    _check(_lib.pv_ecx_buried(fd, width, rows, found.handle, err), err)
+    return found
 
 
 def _check(code: int, err: object) -> None:

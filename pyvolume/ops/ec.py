@@ -556,7 +556,7 @@ class EcReader:
             try:
                 keys = self._peers.read_journal(address, vid, volume.collection, DELETE_TIMEOUT_S)
                 self._has_answered(address)
-                volume.merge_deletes(key for key in keys if self._begins_in(volume, key, shards))
+                volume.merge_deletes([key for key in keys if self._begins_in(volume, key, shards)])
             except PyvolumeError as exc:
                 if isinstance(exc, PeerDown):
                     self._leave_alone(address)

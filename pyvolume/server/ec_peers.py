@@ -202,17 +202,15 @@ def reader_of(server: ServerContext) -> EcReader:
 
 def keep_journals(server: ServerContext, stop: threading.Event) -> None:
     """Runs until stop. Whenever a stream to a master was opened, the deletes are fetched that others noted while that
-    master did not know of this server's shards."""
+    master did not know of this server's shards. Volumes that no master could tell of are tried again, they alone."""
     reader, master, seen = reader_of(server), server.master, 0
-    while not stop.wait(_LOOK_S):
+    pending: dict[int, set[int]] = {}
+    pause_s = _LOOK_S
+    while not stop.wait(pause_s):
         contacts = master.contacts
-        if contacts == seen:
-            continue
-        shards: dict[int, set[int]] = {}
-        for volume in server.store.ec.volumes():
-            shards.setdefault(volume.vid, set()).update(volume.shards)
-        answered = [reader.catch_up(vid, numbers) for vid, numbers in shards.items()]
-        if all(answered):
-            seen = contacts
-        elif stop.wait(_RETRY_S):
-            return
+        if contacts != seen:
+            seen, pending = contacts, {}
+            for volume in server.store.ec.volumes():
+                pending.setdefault(volume.vid, set()).update(volume.shards)
+        pending = {vid: shards for vid, shards in pending.items() if not reader.catch_up(vid, shards)}
+        pause_s = _RETRY_S if pending else _LOOK_S

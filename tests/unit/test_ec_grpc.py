@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -20,6 +21,7 @@ from pyvolume._native.ec import IdSet
 from pyvolume.errors import NeedleDeleted, NeedleNotFound, StorageError
 from pyvolume.ops import ec as ops_ec
 from pyvolume.pb import volume_server_pb2 as pb
+from pyvolume.server import ec_peers
 from pyvolume.server.ec_peers import reader_of
 from pyvolume.server.master_client import Location
 from pyvolume.server.rpc import RpcFailure
@@ -829,3 +831,27 @@ def test_relayed_reads_pass_a_peer(one: Server) -> None:
         assert peer.seen == []  # all shards are here
     finally:
         peer.stop()
+
+
+def test_volumes_that_no_master_knows_are_tried_again_and_they_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ec_peers, "_LOOK_S", 0.001)
+    monkeypatch.setattr(ec_peers, "_RETRY_S", 0.001)
+    stop, asked = threading.Event(), list[tuple[int, set[int]]]()
+
+    class Reader:
+        def catch_up(self, vid: int, shards: set[int]) -> bool:
+            asked.append((vid, shards))
+            if len(asked) == 5:
+                stop.set()
+            return vid != 2
+
+    def volume(vid: int, *shards: int) -> SimpleNamespace:
+        return SimpleNamespace(vid=vid, shards=dict.fromkeys(shards))
+
+    volumes = [volume(1, 0), volume(2, 3), volume(1, 4)]  # the first on two disks
+    server = SimpleNamespace(
+        store=SimpleNamespace(ec=SimpleNamespace(volumes=lambda: volumes)), master=SimpleNamespace(contacts=1)
+    )
+    monkeypatch.setattr(ec_peers, "reader_of", lambda _server: Reader())
+    ec_peers.keep_journals(cast("Any", server), stop)
+    assert asked == [(1, {0, 4}), (2, {3}), (2, {3}), (2, {3}), (2, {3})]

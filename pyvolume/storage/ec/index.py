@@ -20,13 +20,18 @@ ID_BYTES: Final = 8
 _TOMBSTONE: Final = b"\xff\xff\xff\xff"
 
 
-def read_journal(path: str) -> list[int]:
-    """The whole ids of a journal, in order; a missing file has none. Raises OSError."""
+def journal_data(path: str) -> bytes:
+    """The bytes of a journal; a missing file has none. Raises OSError."""
     try:
         with open(path, "rb") as handle:
-            return ids_of(handle.read())
+            return handle.read()
     except FileNotFoundError:
-        return []
+        return b""
+
+
+def read_journal(path: str) -> list[int]:
+    """The whole ids of a journal, in order; a missing file has none. Raises OSError."""
+    return ids_of(journal_data(path))
 
 
 def ids_of(data: bytes) -> list[int]:

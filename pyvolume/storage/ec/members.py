@@ -120,7 +120,7 @@ class EcMembers:
         if volume is None:
             return None
         for other in self.copies(vid):
-            if other is not volume and any(key not in volume.deleted for key in other.deleted):
+            if not volume.deleted.covers(other.deleted):
                 return None
         shards: dict[int, EcShard] = {}
         for holder in self.copies(vid):

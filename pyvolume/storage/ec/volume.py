@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -31,8 +30,6 @@ from pyvolume.types import volume_base_name
 log = logging.getLogger(__name__)
 
 WALK_ROWS: Final = 4096
-BURIED_ROWS: Final = 1 << 16
-"""Rows of the index that are looked through at a time."""
 MAX_RECENT: Final = 1 << 16
 """So many of the last deletes are known with their times."""
 MISSING_TEXT: Final = "locate in local ec volume: FindNeedleFromEcx: needle not found"
@@ -212,7 +209,7 @@ class EcVolume:
         self._folds = 0
         self.deleted = ec.IdSet()
         try:
-            self.deleted = ec.IdSet(index.read_journal(self.ecj_path))
+            self.deleted = ec.IdSet(index.journal_data(self.ecj_path))
         except OSError as exc:
             log.warning("ec volume %d: load deleted needles from %s: %s", vid, self.ecj_path, exc)
         path = sidecar.find(self.base_path, f"{idx_directory}/{name}")
@@ -436,19 +433,13 @@ class EcVolume:
             known, folds = self._buried, self._folds
         if known is not None:
             return known
-        row = struct.Struct(f">Q{self.width}xi")
-        found: list[int] = []
-        at = 0
         try:
             with self._ecx.use() as fd:
-                while piece := os.pread(fd, row.size * BURIED_ROWS, at):
-                    piece = piece[: len(piece) - len(piece) % row.size]
-                    found += [key for key, size in row.iter_unpack(piece) if size < 0]
-                    at += len(piece)
-                    if not piece:
-                        break
+                found = ec.ecx_buried(fd, self.width, self.rows)
         except OSError as exc:
             raise from_os_error(exc, "read", self.ecx_path) from exc
+        except engine.NativeError as exc:
+            raise from_native(exc.code, exc.info, path=self.ecx_path) from exc
         known = frozenset(found)
         with self._lock:
             if self._folds == folds:
