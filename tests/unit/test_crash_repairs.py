@@ -15,7 +15,7 @@ from pyvolume import faults
 from pyvolume._native import engine
 from pyvolume._native.compact import Compaction
 from pyvolume.errors import CorruptNeedle, DiskError, NeedleNotFound, StorageError, VolumeReadOnly
-from pyvolume.storage import compact, compact_recovery, volume_load
+from pyvolume.storage import compact, compact_recovery, index_files, volume_load
 from pyvolume.storage.disk_location import DiskLocation
 from pyvolume.storage.superblock import SuperBlock
 from pyvolume.storage.volume import NeedleIn, Volume
@@ -302,6 +302,30 @@ def test_row_across_the_end_of_a_page(tmp_path: Path, page: int, lost: str, dele
         assert found == data.keys() | {1}
         volume.close()
     assert len(list(tmp_path.glob("3.idx.torn-*"))) <= 1
+
+
+def test_rows_that_were_on_the_disk_long_before_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start read 256 records for every volume of 17-byte rows, each a move of the head of a cold disk."""
+    times_s = [0] * 241 * 6 + [3600] * 241 * 2
+    records = [record(n, b"abc", append_at_ns=(1 << 60) + at_s * 10**9) for n, at_s in enumerate(times_s, 1)]
+    offsets = write_volume(tmp_path, records)
+    size = int.from_bytes(records[0][12:16], "big")
+    write_index(tmp_path, [(n, offset, size) for n, offset in enumerate(offsets, 1)], width=5)
+    looked_at: list[int] = []
+    lacks_begin = index_files._lacks_begin
+
+    def counting(dat_fd: int, idx_fd: int, width: int, number: int, missing: int) -> bool:
+        looked_at.append(number)
+        return lacks_begin(dat_fd, idx_fd, width, number, missing)
+
+    monkeypatch.setattr(index_files, "_lacks_begin", counting)
+    with (tmp_path / "3.dat").open("rb") as dat, (tmp_path / "3.idx").open("rb") as idx:
+        found = index_files.torn_row(dat.fileno(), idx.fileno(), width=5, block=SuperBlock(), end_row=len(records))
+    assert found is None
+    assert 2 <= len(looked_at) <= 3  # two ends of pages in the last hour, one before it
+    assert len(times_s) * 17 // 4096 == 8
 
 
 def test_needles_under_another_key_stay_across_pages(tmp_path: Path) -> None:
